@@ -1,0 +1,7 @@
+//! kvferryd: the per-node daemon that moves KV-cache slices between LLM engines.
+//!
+//! The way of one transfer, no step back: [`api`] (proto to domain, reject bad input) -> [`transfer`] (plan,
+//! settle) -> [`session`] (healthy? which lanes?) -> [`transport`] (local, tcp) -> acknowledgements -> reply.
+//! Decisions live in [`policy`]. ARCHITECTURE.md has the map.
+
+pub mod domain;
