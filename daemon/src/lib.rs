@@ -4,4 +4,18 @@
 //! settle) -> [`session`] (healthy? which lanes?) -> [`transport`] (local, tcp) -> acknowledgements -> reply.
 //! Decisions live in [`policy`]. ARCHITECTURE.md has the map.
 
+pub mod admin;
+pub mod api;
+pub mod app;
+pub mod config;
+mod convert;
 pub mod domain;
+pub mod engine;
+pub mod memory;
+pub mod peer;
+pub mod policy;
+mod prefixed;
+pub mod session;
+pub mod telemetry;
+pub mod transfer;
+pub mod transport;

@@ -53,10 +53,20 @@ pub struct SliceBatch {
 pub enum BatchError {
     /// local and remote differ in length
     #[error("slices.remote has {remote} entries where slices.local has {local}")]
-    Columns { local: usize, remote: usize },
+    Columns {
+        /// Entries of `local`.
+        local: usize,
+        /// Entries of `remote`.
+        remote: usize,
+    },
     /// lengths fits neither the other columns nor `length`
     #[error("slices.lengths has {lengths} entries where slices.local has {local}")]
-    Lengths { local: usize, lengths: usize },
+    Lengths {
+        /// Entries of `local`.
+        local: usize,
+        /// Entries of `lengths`.
+        lengths: usize,
+    },
     /// both forms of length were given
     #[error("slices.length and slices.lengths exclude each other")]
     BothLengths,
@@ -186,6 +196,30 @@ pub struct Report {
     pub path: Option<PathKind>,
     /// Where the time went.
     pub timings: Timings,
+}
+
+impl Report {
+    /// Refused before any part of it was started, so both halves are settled as they are.
+    pub fn refused(transfer: TransferId, failure: Failure) -> Self {
+        let outcome = match failure.reason {
+            Reason::Cancelled => Outcome::Cancelled,
+            _ => Outcome::Failed,
+        };
+        Self {
+            transfer,
+            outcome,
+            peer_half: PeerHalf::Confirmed,
+            failure: Some(failure),
+            slices: 0,
+            slices_done: 0,
+            bytes: 0,
+            bytes_done: 0,
+            bytes_resent: 0,
+            attempts: 1,
+            path: None,
+            timings: Timings::default(),
+        }
+    }
 }
 
 #[cfg(test)]

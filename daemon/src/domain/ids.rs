@@ -1,6 +1,6 @@
 //! Identities. Each is its own type, so that none can be mistaken for another.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, net::Ipv6Addr, sync::Arc};
 
 macro_rules! bytes_id {
     ($(#[$doc:meta])* $name:ident, $len:literal) => {
@@ -109,18 +109,23 @@ impl SessionId {
     pub fn authority(&self) -> Option<(&str, u16)> {
         let (host, port) = self.0.rsplit_once(':')?;
         let host = match host.strip_prefix('[') {
-            Some(rest) => rest.strip_suffix(']')?,
-            None if host.contains(':') => return None,
-            None => host,
+            Some(rest) => rest.strip_suffix(']').filter(|inner| inner.parse::<Ipv6Addr>().is_ok())?,
+            None => Some(host).filter(|host| is_host(host))?,
         };
         let port: u16 = port.parse().ok()?;
-        (!host.is_empty() && port != 0).then_some((host, port))
+        (port != 0).then_some((host, port))
     }
 
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// An IPv4 address or a name; the characters of RFC 1123 and the underscore that Kubernetes lets through.
+fn is_host(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+    !text.is_empty() && text.bytes().all(allowed)
 }
 
 impl fmt::Display for SessionId {
@@ -141,7 +146,19 @@ mod tests {
         };
         assert_eq!(authority("10.0.0.1:20001"), Some(("10.0.0.1".into(), 20001)));
         assert_eq!(authority("[::1]:20001"), Some(("::1".into(), 20001)));
-        for bad in ["", ":1", "host", "host:", "host:x", "host:0", "host:70000", "::1:20001", "[::1:2"] {
+        for bad in [
+            "",
+            ":1",
+            "host",
+            "host:",
+            "host:x",
+            "host:0",
+            "host:70000",
+            "::1:20001",
+            "[::1:2",
+            "[x]:2",
+            "a b:1",
+        ] {
             assert_eq!(authority(bad), None, "{bad}");
         }
     }

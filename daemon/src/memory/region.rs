@@ -1,9 +1,19 @@
 //! Regions and the table an engine's regions make.
 //!
-//! A [`Region`] owns the way to its bytes; as long as one `Arc<Region>` lives, the memory stays mapped (I6). A
+//! A [`Region`] owns the way to its bytes; as long as one `Arc<Region>` lives, the memory stays mapped (I6).
+//! Each such `Arc` is a lease, a snapshot of the table that holds one is one too. The last of them gives the
+//! memory back to where it came from, so that no lane ever makes the driver call that releases it (I7). A
 //! [`RegionTable`] is an immutable snapshot, changed by making another.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+};
+
+use tokio::sync::oneshot;
 
 use super::{Mapping, ProcessMemory};
 use crate::domain::{Generation, LayoutId, Reason, RegionId};
@@ -44,9 +54,9 @@ pub struct RegionInfo {
 impl RegionInfo {
     /// Whether `[address, address + length)` lies inside. Safe against overflow.
     pub fn contains(&self, address: u64, length: u64) -> bool {
-        address.checked_sub(self.base).is_some_and(|offset| {
-            offset <= self.length && length <= self.length - offset
-        })
+        address
+            .checked_sub(self.base)
+            .is_some_and(|offset| offset <= self.length && length <= self.length - offset)
     }
 }
 
@@ -55,8 +65,72 @@ impl RegionInfo {
 pub struct Region {
     /// What others know of it.
     pub info: RegionInfo,
-    /// The way to its bytes.
-    pub backing: Backing,
+    /// Taken only when the region is dropped.
+    backing: Option<Backing>,
+    retired: AtomicBool,
+    /// Where the backing goes with the last lease.
+    give_back: Option<oneshot::Sender<Backing>>,
+}
+
+impl Region {
+    /// A region, and what tells that its last lease is gone, by giving its backing back (I6). Where nobody
+    /// waits for that any more the backing is released on the spot.
+    ///
+    /// A shared backing must hold `info.length` bytes.
+    pub fn new(info: RegionInfo, backing: Backing) -> (Arc<Self>, oneshot::Receiver<Backing>) {
+        if let Backing::Shared(mapping) = &backing {
+            assert!(mapping.len() as u64 >= info.length, "the mapping is what was asked for");
+        }
+        let (give_back, returned) = oneshot::channel();
+        let region = Self {
+            info,
+            backing: Some(backing),
+            retired: AtomicBool::new(false),
+            give_back: Some(give_back),
+        };
+        (Arc::new(region), returned)
+    }
+
+    /// Takes it out of use: lanes refuse pieces of it from now on (REGION_CHANGED). Those that looked before
+    /// are waited for at the engine's gate.
+    pub fn retire(&self) {
+        self.retired.store(true, SeqCst);
+    }
+
+    /// Whether [`Region::retire`] was called. Asked inside the gate, before each touch of memory.
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(SeqCst)
+    }
+
+    /// Where the byte at `address` of the engine lies in this process, for shared memory. The caller has
+    /// checked [`RegionInfo::contains`] for all it will touch, and holds the region while it does.
+    pub fn host_pointer(&self, address: u64) -> Option<*mut u8> {
+        debug_assert!(self.info.contains(address, 0), "{address:#x} is outside of {:?}", self.info);
+        match &self.backing {
+            Some(Backing::Shared(mapping)) => {
+                let offset = usize::try_from(address.checked_sub(self.info.base)?).ok()?;
+                Some(mapping.as_ptr().wrapping_add(offset))
+            }
+            Some(Backing::Process(_)) | None => None,
+        }
+    }
+
+    /// The way into the engine's private memory, where that is what the region is made of.
+    pub fn process(&self) -> Option<&ProcessMemory> {
+        match &self.backing {
+            Some(Backing::Process(memory)) => Some(memory),
+            Some(Backing::Shared(_)) | None => None,
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        if let (Some(backing), Some(give_back)) = (self.backing.take(), self.give_back.take()) {
+            // Nobody waits only where the engine's memory itself is gone: then the backing ends here.
+            let _ = give_back.send(backing);
+        }
+    }
 }
 
 /// A paged pool: layer `l`'s page `p` is `page_bytes` at `layer_bases[l] + p * page_stride`.
@@ -76,6 +150,28 @@ pub struct Layout {
     pub pages: u64,
     /// Opaque; equal on both sides of a transfer.
     pub dtype_tag: String,
+}
+
+impl Layout {
+    /// Whether every page lies in one region of the table; the first address that does not.
+    pub fn check<R: Described>(&self, table: &RegionTable<R>) -> Result<(), (u64, Miss)> {
+        self.layer_bases.iter().try_for_each(|&base| self.check_layer(base, table))
+    }
+
+    /// Looks at one page per region touched: those behind it that the region has room for need no look.
+    fn check_layer<R: Described>(&self, base: u64, table: &RegionTable<R>) -> Result<(), (u64, Miss)> {
+        let mut page = 0;
+        while page < self.pages {
+            let address = page
+                .checked_mul(self.page_stride)
+                .and_then(|offset| base.checked_add(offset))
+                .ok_or((base, Miss::Wraps))?;
+            let region = table.find(address, self.page_bytes).map_err(|miss| (address, miss))?.info();
+            let room = region.length - (address - region.base) - self.page_bytes;
+            page += 1 + room.checked_div(self.page_stride).unwrap_or(0);
+        }
+        Ok(())
+    }
 }
 
 /// Why an address range is in no region.
@@ -202,6 +298,42 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn layout(layer_bases: &[u64], page_stride: u64, page_bytes: u64, pages: u64) -> Layout {
+        Layout {
+            id: LayoutId(0),
+            generation: Generation(1),
+            layer_bases: layer_bases.to_vec(),
+            page_stride,
+            page_bytes,
+            pages,
+            dtype_tag: "bf16".into(),
+        }
+    }
+
+    #[test]
+    fn a_layout_lies_in_regions_page_by_page() {
+        let table =
+            RegionTable::new(vec![info(0, 0x1000, 0x1000), info(1, 0x2000, 0x800), info(2, 0x4000, 0x10)]);
+        assert_eq!(layout(&[0x1000, 0x1800], 0x100, 0x100, 16).check(&table), Ok(()));
+        assert_eq!(layout(&[0x1000], 0x100, 0x100, 24).check(&table), Ok(()));
+        assert_eq!(layout(&[0x1000], 0x100, 0x100, 25).check(&table), Err((0x2800, Miss::Unregistered)));
+        assert_eq!(layout(&[0x1080], 0x100, 0x100, 16).check(&table), Err((0x1f80, Miss::OutOfBounds)));
+        assert_eq!(layout(&[0x4000], u64::MAX, 0x10, 1).check(&table), Ok(()));
+        assert_eq!(layout(&[0x4000], u64::MAX, 0x10, 3).check(&table), Err((0x4000, Miss::Wraps)));
+        assert!(layout(&[0x1000], 1 << 40, 0x10, u64::MAX).check(&table).is_err());
+    }
+
+    #[tokio::test]
+    async fn the_last_lease_gives_the_memory_back() {
+        let memory = ProcessMemory::open(rustix::process::getpid()).expect("our own memory");
+        let (region, mut returned) = Region::new(info(0, 0x1000, 0x1000), Backing::Process(Arc::new(memory)));
+        let lease = region.clone();
+        drop(region);
+        assert_eq!(returned.try_recv().expect_err("still leased"), oneshot::error::TryRecvError::Empty);
+        drop(lease);
+        assert!(matches!(returned.await, Ok(Backing::Process(_))));
+    }
 
     fn info(id: u32, base: u64, length: u64) -> RegionInfo {
         RegionInfo { id: RegionId(id), generation: Generation(1), base, length, kind: MemoryKind::SharedFd }

@@ -4,15 +4,19 @@
 //! blocks on a lane, and a lane never blocks on a session. A lane that closed never re-opens (I2): another one
 //! with another id takes its place. No payload byte moves on an async worker: lanes live on OS threads.
 
+mod ending;
 pub mod local;
 mod part;
 pub mod tcp;
+#[cfg(test)]
+mod testing;
+mod touch;
 
 use std::sync::Arc;
 
 pub use part::{PART_BYTES, PART_RUNS, Part, PartBounds, Payload, Piece, RemoteRegion, Run};
 
-use crate::domain::{Failure, LaneId};
+use crate::domain::{Failure, LaneId, Op};
 
 /// Which way a lane's payload flows. READ has lanes of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -21,6 +25,24 @@ pub enum LaneKind {
     Write,
     /// Target to initiator.
     Read,
+}
+
+impl LaneKind {
+    /// The kind a direction uses.
+    pub fn of(op: Op) -> Self {
+        match op {
+            Op::Write => Self::Write,
+            Op::Read => Self::Read,
+        }
+    }
+
+    /// The direction it serves.
+    pub fn op(self) -> Op {
+        match self {
+            Self::Write => Op::Write,
+            Self::Read => Op::Read,
+        }
+    }
 }
 
 /// A part with its place on a lane.

@@ -120,7 +120,7 @@ impl Part {
     }
 
     /// Its pieces in order: at most [`PART_RUNS`], together [`PartBounds::bytes`] long, none empty.
-    pub fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
+    pub fn pieces(&self) -> impl Iterator<Item = Piece> + Clone + '_ {
         let bounds = *self.bounds();
         let first = bounds.first_run as usize;
         let mut skip = bounds.skip;

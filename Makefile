@@ -1,0 +1,60 @@
+# One entry point for every chore; `make help` lists them.
+
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+PREFIX     ?= /usr/local
+DESTDIR    ?=
+UNIT_DIR   ?= /etc/systemd/system
+# More for the command, e.g. `make demo ARGS="--sabotage flip"`.
+ARGS       ?=
+KVFERRY    := $(TARGET_DIR)/release/kvferry
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint bench release install clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo '  What a target needs and this machine lacks is installed with apt; KVFERRY_NO_INSTALL=1 forbids it.'
+
+demo: ## two daemons, real engine processes, every byte checked (about a minute after the build)
+	@tests/prepare.sh demo
+	@$(MAKE) --no-print-directory release
+	$(KVFERRY) demo $(ARGS)
+
+test: ## formatting, lints, every test, the docs (at most 10 minutes)
+	@tests/prepare.sh test
+	@$(MAKE) --no-print-directory lint
+	@# The tests of whole daemons run the binaries as processes of their own. All targets in one go, so that
+	@# dependencies are built once, with one set of features.
+	cargo build --locked --workspace --all-targets
+	cargo test --locked --workspace
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+
+test-full: ## the long cases, on the release build
+	@tests/prepare.sh test-full
+	cargo build --locked --release --workspace --bins --tests
+	KVFERRY_LONG=1 cargo test --locked --release -p kvferry-tests -- --nocapture --test-threads=1
+
+lint: ## formatting and lints, warnings denied
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+bench: ## every workload over tcp and within one daemon, beside the raw limits of this machine
+	@tests/prepare.sh demo
+	@$(MAKE) --no-print-directory release
+	$(KVFERRY) bench --path tcp --workload all $(ARGS)
+	$(KVFERRY) bench --path local --workload all $(ARGS)
+
+release:
+	cargo build --locked --release -p kvferryd -p kvferry-cli --bins
+
+install: release ## both binaries, the unit and the example config (PREFIX, DESTDIR, UNIT_DIR)
+	install -D -m 0755 $(TARGET_DIR)/release/kvferryd $(DESTDIR)$(PREFIX)/bin/kvferryd
+	install -D -m 0755 $(KVFERRY) $(DESTDIR)$(PREFIX)/bin/kvferry
+	install -d $(DESTDIR)$(UNIT_DIR) $(DESTDIR)/etc/kvferry
+	sed 's|/usr/local/bin|$(PREFIX)/bin|' deploy/kvferryd.service > $(DESTDIR)$(UNIT_DIR)/kvferryd.service
+	@# A configuration that is there already is somebody's own.
+	test -e $(DESTDIR)/etc/kvferry/kvferryd.toml || \
+	  install -m 0644 deploy/kvferryd.example.toml $(DESTDIR)/etc/kvferry/kvferryd.toml
+
+clean: ## everything that was built
+	cargo clean

@@ -1,0 +1,125 @@
+//! Attaching: from connecting to the daemon's first event.
+
+use std::path::{Path, PathBuf};
+
+use kvferry_proto::engine::v1::{self as wire, engine_client::EngineClient};
+use rustix::process::{PTracer, Pid};
+use tokio::{net::UnixStream, sync::watch, time};
+use tonic::{Streaming, metadata::MetadataValue, transport::Channel};
+
+use crate::{
+    EngineOptions, Error, Limits, connection,
+    error::NoReply,
+    lease::{DaemonProcess, Ending, Lease},
+};
+
+/// A lease just begun, and what keeps it.
+pub(crate) struct Attached {
+    pub(crate) lease: Lease,
+    pub(crate) events: Streaming<wire::EngineEvent>,
+    /// Over the lease's own connection.
+    pub(crate) client: EngineClient<Channel>,
+    pub(crate) end: watch::Sender<Option<Ending>>,
+}
+
+/// `seed` is the engine's Ed25519 key; its public half is the engine's incarnation.
+pub(crate) async fn attach(options: &EngineOptions, seed: &[u8; 32]) -> Result<Attached, Error> {
+    let attempt = async {
+        let stream = connection::open(&options.socket).await?;
+        let daemon = daemon_of(&stream);
+        let process = daemon.map_or_else(DaemonProcess::default, DaemonProcess::open);
+        let mut client = connection::client(connection::over(stream));
+        let refused = |status| explain(options, NoReply::from_status("Attach", &status));
+        let mut events = client.attach(request(options, seed)).await.map_err(refused)?.into_inner();
+        let first = events.message().await.map_err(refused)?.and_then(|event| event.event);
+        let Some(wire::engine_event::Event::Attached(attached)) = first else {
+            return Err(malformed("its first event is not Attached"));
+        };
+        // A socket bound by somebody else (a service manager) names the wrong process: prove nothing then.
+        let same = daemon.is_some_and(|pid| pid.as_raw_nonzero().get().unsigned_abs() == attached.daemon_pid);
+        let process = if same { process } else { DaemonProcess::default() };
+        let (end, ended) = watch::channel(None);
+        let lease = lease(attached, &options.socket, process, ended)?;
+        Ok(Attached { lease, events, client, end })
+    };
+    time::timeout(options.attach_timeout, attempt)
+        .await
+        .unwrap_or(Err(Error::Timeout(options.attach_timeout)))
+}
+
+/// The process at the other end, allowed from here on to reach our memory through `/proc/<pid>/mem`.
+fn daemon_of(stream: &UnixStream) -> Option<Pid> {
+    let pid = stream.peer_cred().ok()?.pid().and_then(Pid::from_raw)?;
+    // Fails where there is no Yama, and then is not needed; where it is needed and fails, the daemon finds out
+    // at registration and says so.
+    if let Err(error) = rustix::process::set_ptracer(PTracer::ProcessID(pid)) {
+        tracing::debug!(%error, "PR_SET_PTRACER");
+    }
+    Some(pid)
+}
+
+fn request(options: &EngineOptions, seed: &[u8; 32]) -> wire::AttachRequest {
+    wire::AttachRequest {
+        key: seed.to_vec(),
+        name: options.name.clone(),
+        policy: options.policy.to_wire(),
+        advertise_host: options.advertise_host.clone().unwrap_or_default(),
+        preferred_port: options.preferred_port.unwrap_or_default().into(),
+        transports: options.transports.iter().map(|path| i32::from(*path)).collect(),
+        ..Default::default()
+    }
+}
+
+fn lease(
+    attached: wire::Attached,
+    socket: &Path,
+    process: DaemonProcess,
+    ended: watch::Receiver<Option<Ending>>,
+) -> Result<Lease, Error> {
+    let token: [u8; 32] =
+        attached.token.as_slice().try_into().map_err(|_| malformed("its token does not have 32 bytes"))?;
+    let boot_id = attached
+        .boot_id
+        .as_slice()
+        .try_into()
+        .map_err(|_| malformed("its boot id does not have 16 bytes"))?;
+    let limits = attached.limits.ok_or_else(|| malformed("it tells no limits"))?;
+    Ok(Lease {
+        engine_id: attached.engine_id,
+        session_id: attached.session_id,
+        boot_id,
+        token_metadata: MetadataValue::from_bytes(&token),
+        token,
+        limits: Limits {
+            slices: limits.slices,
+            chunk_slices: limits.chunk_slices,
+            regions: limits.regions,
+            transfers: limits.transfers,
+        },
+        daemon_pid: attached.daemon_pid,
+        fd_socket: fd_socket(attached.fd_socket, socket),
+        process,
+        ended,
+    })
+}
+
+/// A daemon that does not say has it beside its engine socket.
+fn fd_socket(told: String, socket: &Path) -> PathBuf {
+    if !told.is_empty() {
+        return told.into();
+    }
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".fd");
+    path.into()
+}
+
+fn malformed(message: &str) -> Error {
+    Error::Call { call: "Attach", message: message.to_owned() }
+}
+
+fn explain(options: &EngineOptions, no_reply: NoReply) -> Error {
+    match no_reply {
+        NoReply::Answered(error) => error,
+        NoReply::Lost(_, cause) => Error::NoDaemon { path: options.socket.clone(), cause },
+    }
+}

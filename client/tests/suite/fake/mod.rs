@@ -1,0 +1,287 @@
+//! A daemon that answers as it is told and remembers what it was asked.
+
+mod files;
+mod service;
+
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex},
+    time::{Duration, Instant},
+};
+
+use kvferry_client::{EngineOptions, Lengths, Op, Policy, Slices, Transfer};
+use kvferry_proto::{
+    engine::v1::{self as wire, engine_server::EngineServer},
+    types::v1 as types,
+};
+use service::Service;
+use tokio::{net::UnixListener, runtime::Runtime, sync::mpsc};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Code, Status};
+
+pub(crate) const TOKEN: [u8; 32] = [0x42; 32];
+pub(crate) const BOOT: [u8; 16] = [0xb0; 16];
+pub(crate) const SESSION: &str = "127.0.0.1:20000";
+
+/// What the daemon answers to everything but Attach and GetNode.
+#[derive(Clone, Default)]
+pub(crate) enum Answer {
+    #[default]
+    Good,
+    /// Takes the call and says nothing.
+    Nothing,
+    /// Takes the call and answers what is told next.
+    Later,
+    Status(Code, Option<i32>),
+    Failure(types::Failure),
+    Outcome(wire::Outcome),
+}
+
+/// What the daemon answers to Attach.
+#[derive(Clone)]
+pub(crate) enum First {
+    Attached(Box<wire::Attached>),
+    Other(wire::EngineEvent),
+    Ends,
+    Silence,
+    Status(Code, Option<i32>),
+}
+
+#[derive(Default)]
+struct State {
+    calls: Vec<(&'static str, Option<Vec<u8>>)>,
+    transfers: Vec<wire::TransferRequest>,
+    registered: Vec<wire::RegisterRegionsRequest>,
+    waits: Vec<wire::WaitRequest>,
+    cancels: Vec<Vec<u8>>,
+    handed: Vec<Handed>,
+    attached: Option<wire::AttachRequest>,
+    lease: Option<mpsc::Sender<Result<wire::EngineEvent, Status>>>,
+    answer: Answer,
+    fd_reason: u16,
+}
+
+/// A descriptor as it came over the fd socket.
+pub(crate) struct Handed {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) files: Vec<OwnedFd>,
+}
+
+pub(crate) struct Fake {
+    shared: Arc<Shared>,
+    first: First,
+    runtime: Option<Runtime>,
+    dir: tempfile::TempDir,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    told: tokio::sync::Notify,
+}
+
+impl Shared {
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let value = change(&mut self.state.lock().unwrap());
+        self.changed.notify_all();
+        self.told.notify_waiters();
+        value
+    }
+
+    /// What to answer, once that is known.
+    async fn answer(&self) -> Answer {
+        loop {
+            let told = self.told.notified();
+            let answer = self.state.lock().unwrap().answer.clone();
+            if !matches!(answer, Answer::Later) {
+                return answer;
+            }
+            told.await;
+        }
+    }
+}
+
+impl Fake {
+    pub(crate) fn start() -> Self {
+        Self::with(|_| {})
+    }
+
+    /// A daemon whose first event is as usual but for a change.
+    pub(crate) fn with(change: impl FnOnce(&mut wire::Attached)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut attached = Box::new(attached(dir.path()));
+        change(&mut attached);
+        Self::run(dir, First::Attached(attached))
+    }
+
+    pub(crate) fn with_first(first: First) -> Self {
+        Self::run(tempfile::tempdir().unwrap(), first)
+    }
+
+    fn run(dir: tempfile::TempDir, first: First) -> Self {
+        let shared = Arc::new(Shared::default());
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let mut fake = Self { shared, first, runtime: None, dir };
+        {
+            let _inside = runtime.enter();
+            fake.serve();
+        }
+        fake.runtime = Some(runtime);
+        fake
+    }
+
+    fn serve(&self) {
+        let listener = UnixListener::bind(self.socket()).unwrap();
+        let service = Service { shared: self.shared.clone(), first: self.first.clone() };
+        let service = EngineServer::new(service).max_decoding_message_size(64 << 20);
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(UnixListenerStream::new(listener)),
+        );
+        let files = UnixListener::bind(self.dir.path().join("engine.sock.fd")).unwrap();
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = files.accept().await {
+                files::take(stream, &shared).await;
+            }
+        });
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("engine.sock")
+    }
+
+    pub(crate) fn options(&self) -> EngineOptions {
+        EngineOptions {
+            socket: self.socket(),
+            name: "tester".into(),
+            attach_timeout: Duration::from_secs(20),
+            ..EngineOptions::default()
+        }
+    }
+
+    pub(crate) fn answer(&self, answer: Answer) {
+        self.shared.update(|state| state.answer = answer);
+    }
+
+    pub(crate) fn refuse_files(&self, reason: u16) {
+        self.shared.update(|state| state.fd_reason = reason);
+    }
+
+    /// Token of every call but Attach and GetNode, in order.
+    pub(crate) fn calls(&self) -> Vec<(&'static str, Option<Vec<u8>>)> {
+        self.shared.update(|state| state.calls.clone())
+    }
+
+    /// Messages of Transfer and TransferStream, in order.
+    pub(crate) fn transfers(&self) -> Vec<wire::TransferRequest> {
+        self.shared.update(|state| state.transfers.clone())
+    }
+
+    pub(crate) fn registered(&self) -> Vec<wire::RegisterRegionsRequest> {
+        self.shared.update(|state| state.registered.clone())
+    }
+
+    pub(crate) fn waits(&self) -> Vec<wire::WaitRequest> {
+        self.shared.update(|state| state.waits.clone())
+    }
+
+    pub(crate) fn cancels(&self) -> Vec<Vec<u8>> {
+        self.shared.update(|state| state.cancels.clone())
+    }
+
+    pub(crate) fn handed(&self) -> Vec<Handed> {
+        self.shared.update(|state| std::mem::take(&mut state.handed))
+    }
+
+    pub(crate) fn attach_request(&self) -> wire::AttachRequest {
+        self.shared.update(|state| state.attached.clone()).expect("somebody attached")
+    }
+
+    pub(crate) fn send(&self, event: wire::engine_event::Event) {
+        let lease = self.shared.update(|state| state.lease.clone()).expect("somebody attached");
+        lease.try_send(Ok(wire::EngineEvent { event: Some(event) })).unwrap();
+    }
+
+    /// Ends the lease and goes on otherwise.
+    pub(crate) fn end_lease(&self) {
+        self.shared.update(|state| state.lease = None);
+    }
+
+    /// Whether the engine has ended its lease, within 10 s.
+    pub(crate) fn lease_is_closed(&self) -> bool {
+        let lease = self.shared.update(|state| state.lease.clone()).expect("somebody attached");
+        let runtime = self.runtime.as_ref().unwrap();
+        runtime
+            .block_on(async { tokio::time::timeout(Duration::from_secs(10), lease.closed()).await })
+            .is_ok()
+    }
+
+    /// Blocks until the daemon has so many transfer messages.
+    pub(crate) fn await_transfers(&self, count: usize) {
+        self.await_count(count, |state| state.transfers.len());
+    }
+
+    /// Blocks until the daemon has so many cancellations.
+    pub(crate) fn await_cancels(&self, count: usize) {
+        self.await_count(count, |state| state.cancels.len());
+    }
+
+    fn await_count(&self, count: usize, arrived: impl Fn(&State) -> usize) {
+        let end = Instant::now() + Duration::from_secs(20);
+        let mut state = self.shared.state.lock().unwrap();
+        while arrived(&state) < count {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "only {} of {count} arrived", arrived(&state));
+            state = self.shared.changed.wait_timeout(state, left).unwrap().0;
+        }
+    }
+
+    /// Every connection and both listeners close; the process they belong to, ours, lives on.
+    pub(crate) fn die(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            self.end_lease();
+            runtime.shutdown_timeout(Duration::from_secs(5));
+        }
+    }
+}
+
+pub(crate) fn attached(dir: &Path) -> wire::Attached {
+    wire::Attached {
+        engine_id: 7,
+        session_id: SESSION.into(),
+        boot_id: BOOT.to_vec(),
+        token: TOKEN.to_vec(),
+        limits: Some(wire::Limits {
+            slices: 4 << 20,
+            chunk_slices: 65_536,
+            regions: 1024,
+            transfers: 1024,
+            message_bytes: 64 << 20,
+        }),
+        daemon_version: "fake".into(),
+        daemon_pid: std::process::id(),
+        fd_socket: dir.join("engine.sock.fd").to_string_lossy().into_owned(),
+    }
+}
+
+/// A transfer of `count` slices of 100 bytes whose addresses tell their place.
+pub(crate) fn transfer(count: u64) -> Transfer {
+    Transfer {
+        session: "127.0.0.1:20001".into(),
+        op: Op::Write,
+        slices: Slices {
+            local: (0..count).map(|index| 0x1000 + index).collect(),
+            remote: (0..count).map(|index| 0x9000_0000 + index).collect(),
+            lengths: Lengths::Uniform(100),
+        },
+        tag: None,
+        deadline: None,
+        policy: Policy::default(),
+        id: None,
+    }
+}

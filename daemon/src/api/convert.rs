@@ -1,0 +1,299 @@
+//! `kvferry.engine.v1` to domain types and back. Errors name the field.
+
+use std::time::Duration;
+
+use ed25519_dalek::SigningKey;
+use kvferry_proto::{engine::v1 as wire, types::v1 as types};
+
+use crate::{
+    convert::{self, BadField, bytes},
+    domain::{
+        Failure, Incarnation, LayoutId, Op, Outcome, PeerHalf, Reason, Report, SessionId, SliceBatch, Tag,
+        TransferId,
+    },
+    engine::{AttachRequest, EngineEvent, EnginePolicy, KnownPeer, TransferOrder},
+    memory::{FdShelf, LayoutRequest, RegionRequest, Source},
+    session::outbound::State,
+    transfer::{pages::PageBatch, run::Request},
+};
+
+/// Longest name, label or host an engine may give.
+const MAX_TEXT: usize = 256;
+
+/// Most labels and known peers.
+const MAX_ENTRIES: usize = 1024;
+
+fn text(field: &'static str, text: String) -> Result<String, BadField> {
+    match text.len() {
+        0..=MAX_TEXT => Ok(text),
+        long => Err(BadField::new(field, format!("{long} bytes where at most {MAX_TEXT} are taken"))),
+    }
+}
+
+pub(super) fn attach(request: wire::AttachRequest) -> Result<AttachRequest, BadField> {
+    let key = SigningKey::from_bytes(&bytes("key", &request.key)?);
+    if request.labels.len() > MAX_ENTRIES || request.known_peers.len() > MAX_ENTRIES {
+        return Err(BadField::new("labels, known_peers", format!("more than {MAX_ENTRIES} entries")));
+    }
+    let labels: Result<_, _> = request
+        .labels
+        .into_iter()
+        .map(|(name, value)| Ok((text("labels", name)?, text("labels", value)?)))
+        .collect();
+    let preferred_port = u16::try_from(request.preferred_port)
+        .map_err(|_| BadField::new("preferred_port", format!("{} is no port", request.preferred_port)))?;
+    let transports: Option<Vec<_>> = request.transports.iter().map(|path| convert::path(*path)).collect();
+    let known_peers: Result<Vec<KnownPeer>, BadField> =
+        request.known_peers.into_iter().map(known_peer).collect();
+    let host = text("advertise_host", request.advertise_host)?;
+    Ok(AttachRequest {
+        key,
+        name: text("name", request.name)?,
+        policy: policy(request.policy)?,
+        labels: labels?,
+        advertise_host: (!host.is_empty()).then_some(host),
+        preferred_port: (preferred_port != 0).then_some(preferred_port),
+        transports: transports.ok_or_else(|| BadField::new("transports", "an unknown path"))?,
+        known_peers: known_peers?,
+    })
+}
+
+fn known_peer(peer: wire::KnownPeer) -> Result<KnownPeer, BadField> {
+    Ok(KnownPeer {
+        session_id: SessionId::new(text("known_peers.session_id", peer.session_id)?),
+        incarnation: Incarnation(bytes("known_peers.incarnation", &peer.incarnation)?),
+    })
+}
+
+fn policy(policy: Option<wire::Policy>) -> Result<EnginePolicy, BadField> {
+    let policy = policy.unwrap_or_default();
+    let positive = |field, value: Option<u32>| match value {
+        Some(0) => Err(BadField::new(field, "0 where at least 1 is needed")),
+        other => Ok(other),
+    };
+    let millis = |ms: Option<u32>| ms.map(|ms| Duration::from_millis(ms.into()));
+    Ok(EnginePolicy {
+        attempts: positive("policy.attempts", policy.attempts)?,
+        backoff: millis(policy.backoff_ms),
+        failure_threshold: positive("policy.failure_threshold", policy.failure_threshold)?,
+        deadline: millis(positive("policy.deadline_ms", policy.deadline_ms)?),
+    })
+}
+
+pub(super) fn transfer_id(field: &'static str, id: &[u8]) -> Result<TransferId, BadField> {
+    bytes(field, id).map(TransferId)
+}
+
+pub(super) fn session_id(session: String) -> Result<SessionId, BadField> {
+    text("session_id", session).map(SessionId::new)
+}
+
+/// A whole transfer; `more` was false, or the chunks have been joined.
+pub(super) fn order(request: wire::TransferRequest) -> Result<TransferOrder, BadField> {
+    let op = match request.op() {
+        types::Op::Write => Op::Write,
+        types::Op::Read => Op::Read,
+        types::Op::Unspecified => return Err(BadField::new("op", "neither WRITE nor READ")),
+    };
+    let tag = match request.tag.as_slice() {
+        [] => None,
+        tag => Some(Tag(bytes("tag", tag)?)),
+    };
+    let mut policy = policy(request.policy)?;
+    if request.deadline_ms > 0 {
+        policy.deadline = Some(Duration::from_millis(request.deadline_ms.min(MAX_DEADLINE_MS)));
+    }
+    if let Some(wire::source_ready::How::CudaEventHandle(_)) =
+        request.source_ready.and_then(|ready| ready.how)
+    {
+        return Err(BadField::new("source_ready.cuda_event_handle", "this daemon has no GPU support"));
+    }
+    let body = match (request.slices, request.pages) {
+        (Some(slices), None) => Request::Slices(batch(slices)),
+        (None, Some(pages)) => Request::Pages(page_batch(pages)),
+        (None, None) => return Err(BadField::new("slices", "neither slices nor pages are given")),
+        (Some(_), Some(_)) => return Err(BadField::new("pages", "slices and pages exclude each other")),
+    };
+    Ok(TransferOrder {
+        id: transfer_id("transfer_id", &request.transfer_id)?,
+        session: session_id(request.session_id)?,
+        op,
+        request: body,
+        tag,
+        policy,
+    })
+}
+
+/// A year: keeps deadlines away from the end of the clock.
+const MAX_DEADLINE_MS: u64 = 365 * 24 * 3600 * 1000;
+
+pub(super) fn batch(slices: wire::Slices) -> SliceBatch {
+    SliceBatch { local: slices.local, remote: slices.remote, lengths: slices.lengths, uniform: slices.length }
+}
+
+fn page_batch(pages: wire::Pages) -> PageBatch {
+    PageBatch {
+        local_layout: LayoutId(pages.local_layout),
+        remote_layout: LayoutId(pages.remote_layout),
+        local_pages: pages.local_pages,
+        remote_pages: pages.remote_pages,
+    }
+}
+
+/// The handle of the descriptor that a region names, if it names one.
+pub(super) fn handle(spec: &wire::RegionSpec) -> Option<u64> {
+    use wire::region_spec::Backing;
+    match &spec.backing {
+        Some(Backing::SharedFd(shared)) => Some(shared.handle),
+        Some(Backing::DmaBuf(shared)) => Some(shared.handle),
+        Some(Backing::Process(_)) | None => None,
+    }
+}
+
+/// Finds the descriptor that the engine handed over before.
+pub(super) fn region(spec: wire::RegionSpec, index: u64, fds: &FdShelf) -> Result<RegionRequest, Failure> {
+    use wire::region_spec::Backing;
+    let refused = |reason, message: String| Failure::new(reason, message).at(index);
+    let source = match spec.backing {
+        Some(Backing::SharedFd(shared)) => {
+            let fd = fds.get(shared.handle).ok_or_else(|| {
+                let message = format!(
+                    "regions[{index}].shared_fd.handle: no descriptor {} was handed over",
+                    shared.handle
+                );
+                refused(Reason::BadArgument, message)
+            })?;
+            Source::SharedFd { fd, offset: shared.offset }
+        }
+        Some(Backing::Process(_)) => Source::Process,
+        Some(Backing::DmaBuf(_)) => {
+            let message = format!("regions[{index}].dma_buf: this daemon has no RDMA or GPU support");
+            return Err(refused(Reason::UnsupportedMemory, message));
+        }
+        None => {
+            let message = format!("regions[{index}].backing: missing");
+            return Err(refused(Reason::BadArgument, message));
+        }
+    };
+    Ok(RegionRequest { base: spec.base, length: spec.length, source })
+}
+
+pub(super) fn layout(layout: types::Layout) -> LayoutRequest {
+    LayoutRequest {
+        layer_bases: layout.layer_bases,
+        page_stride: layout.page_stride,
+        page_bytes: layout.page_bytes,
+        pages: layout.pages,
+        dtype_tag: layout.dtype_tag,
+    }
+}
+
+pub(super) fn report(report: &Report) -> wire::TransferReply {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let outcome = match report.outcome {
+        Outcome::Done => wire::Outcome::Done,
+        Outcome::Failed => wire::Outcome::Failed,
+        Outcome::Cancelled => wire::Outcome::Cancelled,
+        Outcome::Unsettled => wire::Outcome::Unsettled,
+    };
+    let peer_half = match report.peer_half {
+        PeerHalf::Confirmed => wire::PeerHalf::Confirmed,
+        PeerHalf::Unconfirmed => wire::PeerHalf::Unconfirmed,
+    };
+    let timings = report.timings;
+    wire::TransferReply {
+        transfer_id: report.transfer.0.to_vec(),
+        outcome: outcome.into(),
+        peer_half: peer_half.into(),
+        failure: report.failure.as_ref().map(types::Failure::from),
+        slices: report.slices,
+        slices_done: report.slices_done,
+        bytes: report.bytes,
+        bytes_done: report.bytes_done,
+        attempts: report.attempts,
+        path: report.path.map_or(types::Path::Unspecified, types::Path::from).into(),
+        rails: vec![],
+        timings: Some(wire::Timings {
+            queued_us: micros(timings.queued),
+            moving_us: micros(timings.moving),
+            settling_us: micros(timings.settling),
+            total_us: micros(timings.queued + timings.moving + timings.settling),
+        }),
+        bytes_resent: report.bytes_resent,
+    }
+}
+
+pub(super) fn state(state: State) -> types::SessionState {
+    match state {
+        State::Idle => types::SessionState::Idle,
+        State::Opening => types::SessionState::Opening,
+        State::Healthy => types::SessionState::Healthy,
+        State::Recovering => types::SessionState::Recovering,
+        State::Failed => types::SessionState::Failed,
+    }
+}
+
+pub(super) fn event(event: EngineEvent) -> wire::EngineEvent {
+    use wire::engine_event::Event;
+    let event = match event {
+        EngineEvent::SessionChanged(session, to, cause) => Event::SessionChanged(wire::SessionChanged {
+            session_id: session.to_string(),
+            state: state(to).into(),
+            cause: cause.as_ref().map(types::Failure::from),
+        }),
+        EngineEvent::TransferSettled(settled) => Event::TransferSettled(report(&settled)),
+        EngineEvent::Draining(grace) => {
+            Event::Draining(wire::Draining { grace_ms: grace.as_millis() as u64 })
+        }
+    };
+    wire::EngineEvent { event: Some(event) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> wire::TransferRequest {
+        wire::TransferRequest {
+            transfer_id: vec![1; 16],
+            session_id: "a:1".into(),
+            op: types::Op::Write.into(),
+            slices: Some(wire::Slices::default()),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_malformed_field_is_named() {
+        let field = |change: fn(&mut wire::TransferRequest)| {
+            let mut message = request();
+            change(&mut message);
+            order(message).expect_err("malformed").field
+        };
+        assert_eq!(field(|r| r.op = 7), "op");
+        assert_eq!(field(|r| r.transfer_id.truncate(3)), "transfer_id");
+        assert_eq!(field(|r| r.tag = vec![1; 17]), "tag");
+        assert_eq!(field(|r| r.session_id = "x".repeat(300)), "session_id");
+        assert_eq!(
+            field(|r| r.policy = Some(wire::Policy { attempts: Some(0), ..Default::default() })),
+            "policy.attempts"
+        );
+        assert_eq!(
+            field(|r| {
+                r.slices = Some(Default::default());
+                r.pages = Some(Default::default());
+            }),
+            "pages"
+        );
+    }
+
+    #[test]
+    fn an_attach_request_is_checked_field_by_field() {
+        let good = wire::AttachRequest { key: vec![1; 32], name: "prefill".into(), ..Default::default() };
+        assert_eq!(attach(good.clone()).expect("well-formed").name, "prefill");
+        let field = |request: wire::AttachRequest| attach(request).expect_err("malformed").field;
+        assert_eq!(field(wire::AttachRequest { key: vec![1; 31], ..good.clone() }), "key");
+        assert_eq!(field(wire::AttachRequest { preferred_port: 70_000, ..good.clone() }), "preferred_port");
+        assert_eq!(field(wire::AttachRequest { transports: vec![99], ..good }), "transports");
+    }
+}

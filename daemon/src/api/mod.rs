@@ -1,0 +1,13 @@
+//! The edge towards engines: gRPC on the Unix socket, and the fd socket beside it. prost types stop here.
+
+mod attach;
+mod convert;
+pub mod fd_socket;
+mod refusal;
+mod regions;
+mod service;
+pub mod socket;
+mod status;
+mod transfers;
+
+pub use service::EngineService;

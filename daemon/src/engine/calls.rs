@@ -1,0 +1,210 @@
+//! What an attached engine may ask for.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Engine, EnginePolicy, Node};
+use crate::{
+    domain::{EngineId, Failure, Op, PathKind, Reason, SessionId, Tag, TransferId},
+    peer,
+    policy::RetryPolicy,
+    session::{
+        Command, Handle,
+        outbound::{Outbound, Summary},
+    },
+    transfer::{
+        log::{Admission, Verdict},
+        plan,
+        run::{Admitted, Request},
+    },
+};
+
+/// A transfer as the engine asks for it.
+#[derive(Debug)]
+pub struct TransferOrder {
+    /// Minted by the engine.
+    pub id: TransferId,
+    /// Where to.
+    pub session: SessionId,
+    /// Direction.
+    pub op: Op,
+    /// The bytes.
+    pub request: Request,
+    /// The request it serves.
+    pub tag: Option<Tag>,
+    /// Its own settings.
+    pub policy: EnginePolicy,
+}
+
+/// The answer to a probe.
+#[derive(Debug)]
+pub struct ProbeResult {
+    /// Whether it came through, both ways.
+    pub result: Result<(), Failure>,
+    /// The way it took.
+    pub path: Option<PathKind>,
+    /// From asking to answer.
+    pub round_trip: Duration,
+}
+
+/// A session in a table.
+#[derive(Debug)]
+pub struct SessionView {
+    /// Whose.
+    pub engine: EngineId,
+    /// Where it leads.
+    pub target: SessionId,
+    /// How it stands.
+    pub summary: Summary,
+}
+
+impl Engine {
+    /// Begins the transfer, or joins it if its id is known. Local faults are told before anything is opened.
+    pub async fn transfer(&self, node: &Node, order: TransferOrder) -> Result<Verdict, Failure> {
+        if let Some(known) = self.log.find(order.id) {
+            return Ok(known);
+        }
+        node.drain().admit()?;
+        if order.session.authority().is_none() {
+            return Err(Failure::new(
+                Reason::UnknownSession,
+                format!("session_id {:?} is not host:port", order.session.as_str()),
+            ));
+        }
+        self.check_locally(&order)?;
+        let received = Instant::now();
+        let session = self.session(&order.session)?;
+        // Room first: once it is in the log, nothing may come between the transfer and its session.
+        let room = session.reserve().await.ok_or_else(|| self.gone_failure())?;
+        let (teller, verdict) = match self.log.admit(order.id)? {
+            Admission::Known(verdict) => return Ok(verdict),
+            Admission::New(teller, verdict) => (teller, verdict),
+        };
+        room.send(Command::Submit(Box::new(Admitted {
+            teller: Some(teller),
+            id: order.id,
+            op: order.op,
+            request: Arc::new(order.request),
+            tag: order.tag,
+            policy: order.policy.retry(self.retry),
+            received,
+        })));
+        Ok(verdict)
+    }
+
+    fn check_locally(&self, order: &TransferOrder) -> Result<(), Failure> {
+        match &order.request {
+            Request::Slices(batch) => {
+                batch.validate()?;
+                plan::check_local(batch, &self.memory.view().table)
+            }
+            Request::Pages(pages) => pages.validate(),
+        }
+    }
+
+    /// Has a transfer of this engine ended; nothing happens if it is over. Its verdict tells when.
+    pub async fn cancel(&self, node: &Node, transfer: TransferId) -> Result<Verdict, Failure> {
+        let verdict = self.find(node, transfer)?;
+        if verdict.borrow().is_none() {
+            let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
+            for handle in self.handles() {
+                let _ = handle.send(Command::End(transfer, failure.clone())).await;
+            }
+        }
+        Ok(verdict)
+    }
+
+    /// As [`Engine::cancel`], from where waiting is not possible: the caller has gone away.
+    pub fn abandon(self: &Arc<Self>, transfer: TransferId) {
+        let failure = Failure::new(Reason::Cancelled, "the call was dropped");
+        for handle in self.handles() {
+            if !handle.try_end(transfer, failure.clone()) {
+                let failure = failure.clone();
+                // Bounded by the calls that may be open at once.
+                tokio::spawn(async move { handle.send(Command::End(transfer, failure)).await.ok() });
+            }
+        }
+    }
+
+    /// A transfer of this engine.
+    pub fn find(&self, node: &Node, transfer: TransferId) -> Result<Verdict, Failure> {
+        self.log.find(transfer).ok_or_else(|| match node.is_anothers(transfer, self) {
+            true => Failure::new(Reason::NotYours, "transfer_id: another engine's transfer"),
+            false => Failure::new(Reason::BadArgument, "transfer_id: no such transfer"),
+        })
+    }
+
+    /// Whether the peer is there.
+    pub async fn probe(&self, session: &SessionId, limit: Duration) -> Result<ProbeResult, Failure> {
+        let handle = self.session(session)?;
+        let asked = Instant::now();
+        let answer = tokio::time::timeout(limit, handle.ask(Command::Probe)).await;
+        let round_trip = asked.elapsed();
+        let result = match answer {
+            Ok(Some(result)) => result,
+            Ok(None) => Err(self.gone_failure()),
+            Err(_) => Err(Failure::new(
+                Reason::ConnectTimeout,
+                format!("no answer within {} ms", limit.as_millis()),
+            )),
+        };
+        let path = handle.ask(Command::Describe).await.and_then(|summary| summary.path);
+        Ok(ProbeResult { result, path, round_trip })
+    }
+
+    /// Accepts whoever is at that session id now.
+    pub async fn reset(&self, session: &SessionId) -> Result<(), Failure> {
+        self.session(session)?.ask(Command::Reset).await.ok_or_else(|| self.gone_failure())
+    }
+
+    /// All outbound sessions.
+    pub async fn session_views(&self) -> Vec<SessionView> {
+        let mut views = Vec::new();
+        for handle in self.handles() {
+            if let Some(summary) = handle.ask(Command::Describe).await {
+                views.push(SessionView { engine: self.id, target: handle.id().clone(), summary });
+            }
+        }
+        views
+    }
+
+    /// How the engine's transfers are retried.
+    pub fn retry(&self) -> RetryPolicy {
+        self.retry
+    }
+
+    /// The session to that endpoint; made when it is first asked for.
+    fn session(&self, target: &SessionId) -> Result<Handle, Failure> {
+        if target.authority().is_none() {
+            let message = format!("session_id {:?} is not host:port", target.as_str());
+            return Err(Failure::new(Reason::UnknownSession, message));
+        }
+        let mut sessions = self.sessions();
+        if let Some(handle) = sessions.by_target.get(target) {
+            return Ok(handle.clone());
+        }
+        // Under the lock that `release` takes: an engine that is gone gets no new session.
+        if let Some(failure) = self.gone() {
+            return Err(failure);
+        }
+        if sessions.by_target.len() >= self.max_sessions {
+            sessions.forget_idle();
+        }
+        if sessions.by_target.len() >= self.max_sessions {
+            let message = format!("{} sessions of this engine exist (limits.sessions)", self.max_sessions);
+            return Err(Failure::new(Reason::Limit, message));
+        }
+        let known = self.known_peers.get(target).copied();
+        let policy = self.session_policy.clone();
+        let core = Outbound::new(target.clone(), policy, known, self.next_first_lane(), Instant::now());
+        let handle = peer::initiator::start(self.context.clone(), target.clone(), core, &mut sessions.tasks);
+        sessions.by_target.insert(target.clone(), handle.clone());
+        Ok(handle)
+    }
+
+    fn gone_failure(&self) -> Failure {
+        self.gone().unwrap_or_else(|| Failure::plain(Reason::EngineGone))
+    }
+}

@@ -1,0 +1,108 @@
+//! Who is who in the stories, and what they start from.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::super::{Opened, Policy};
+use crate::{
+    domain::{
+        BootId, Epoch, Failure, Generation, Incarnation, Op, PathKind, Reason, RegionId, SliceBatch,
+        TransferId,
+    },
+    memory::{MemoryKind, PROBE_BASE, PROBE_BYTES, RegionInfo, RegionTable},
+    policy::{HealthPolicy, RetryPolicy},
+    session::PeerTable,
+    transfer::run::{Admitted, Request},
+    transport::{LaneRecord, PART_BYTES},
+};
+
+/// Where the engine's memory lies, on both sides; no test touches it.
+pub(super) const BASE: u64 = 0x10_0000_0000;
+pub(super) const LENGTH: u64 = 1 << 32;
+
+pub(super) const ALICE: Incarnation = Incarnation([0xa; 32]);
+pub(super) const BOB: Incarnation = Incarnation([0xb; 32]);
+pub(super) const BOOT: BootId = BootId([1; 16]);
+pub(super) const NEXT_BOOT: BootId = BootId([2; 16]);
+
+pub(super) const fn ms(count: u64) -> Duration {
+    Duration::from_millis(count)
+}
+
+pub(super) fn id(number: u8) -> TransferId {
+    TransferId([number; 16])
+}
+
+pub(super) fn lost() -> Failure {
+    Failure::plain(Reason::ConnectionLost)
+}
+
+pub(super) fn cancelled() -> Failure {
+    Failure::plain(Reason::Cancelled)
+}
+
+pub(super) fn record(processed: u64) -> LaneRecord {
+    LaneRecord { processed, refused: vec![] }
+}
+
+pub(super) fn policy() -> Policy {
+    Policy {
+        health: HealthPolicy { failure_threshold: 2, probe_max: ms(1000) },
+        retry: RetryPolicy {
+            attempts: 3,
+            backoff: ms(50),
+            deadline: ms(30_000),
+            progress_timeout: ms(10_000),
+            reconnect: ms(5000),
+        },
+        pin_idle: ms(600_000),
+        window_parts: 4,
+        tcp_lanes: 1,
+        peer_wait: ms(3000),
+        settle: ms(5000),
+    }
+}
+
+pub(super) fn info(id: u32, base: u64, length: u64) -> RegionInfo {
+    RegionInfo { id: RegionId(id), generation: Generation(1), base, length, kind: MemoryKind::Process }
+}
+
+/// The target's table: its memory and the probe region.
+pub(super) fn peer_table(version: u64) -> PeerTable {
+    let regions = RegionTable::new(vec![info(1, BASE, LENGTH), info(2, PROBE_BASE, PROBE_BYTES)]);
+    PeerTable { version, regions, layouts: Default::default() }
+}
+
+/// A table in which only probes find anything.
+pub(super) fn empty_table(version: u64) -> PeerTable {
+    PeerTable { version, regions: RegionTable::new(vec![info(2, PROBE_BASE, PROBE_BYTES)]), ..peer_table(0) }
+}
+
+pub(super) fn opened() -> Opened {
+    Opened {
+        incarnation: ALICE,
+        boot: BOOT,
+        path: PathKind::Tcp,
+        epoch: Epoch(7),
+        table: peer_table(1),
+        fenced: vec![],
+    }
+}
+
+pub(super) fn admitted(
+    id: TransferId,
+    op: Op,
+    parts: u64,
+    policy: RetryPolicy,
+    received: Instant,
+) -> Admitted {
+    let batch = SliceBatch {
+        local: vec![BASE],
+        remote: vec![BASE],
+        lengths: vec![],
+        uniform: Some(parts * PART_BYTES),
+    };
+    Admitted { teller: None, id, op, request: Arc::new(Request::Slices(batch)), tag: None, policy, received }
+}

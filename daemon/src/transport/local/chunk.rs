@@ -1,0 +1,77 @@
+//! One part copied: look at the rules on both sides, then copy.
+
+use std::sync::Arc;
+
+use crate::{
+    domain::{Failure, Reason},
+    memory::{Region, View},
+    transport::{LaneKind, Part, Piece, touch},
+};
+
+/// How a part ended.
+#[derive(Debug)]
+pub(super) enum Copied {
+    /// Every byte is at its destination.
+    Whole,
+    /// The transfer was stopped: not a byte was touched.
+    Stopped,
+}
+
+/// Copies a part. The caller is inside both gates, and took both views after it entered.
+pub(super) fn copy(
+    part: &Part,
+    kind: LaneKind,
+    source: &View,
+    target: &View,
+    bounce: &mut [u8],
+) -> Result<Copied, Failure> {
+    if part.payload.is_stopped() {
+        return Ok(Copied::Stopped);
+    }
+    if source.closed || part.payload.local_regions.iter().any(|region| region.is_retired()) {
+        return Err(Failure::plain(Reason::RegionChanged));
+    }
+    // All of the part is checked before any of it is copied.
+    for resolved in resolve(part, target) {
+        resolved?;
+    }
+    for resolved in resolve(part, target) {
+        let (piece, region) = resolved?;
+        let here = (&**part.local_region(&piece), piece.local);
+        let there = (&**region, piece.remote);
+        let (from, to) = match kind {
+            LaneKind::Write => (here, there),
+            LaneKind::Read => (there, here),
+        };
+        touch::copy_between(from, to, piece.length, bounce)?;
+    }
+    Ok(Copied::Whole)
+}
+
+/// The part's pieces, each with its region at the target, or why it has none.
+fn resolve<'a>(
+    part: &'a Part,
+    target: &'a View,
+) -> impl Iterator<Item = Result<(Piece, &'a Arc<Region>), Failure>> + 'a {
+    let mut last: Option<(u16, &Arc<Region>)> = None;
+    part.pieces().enumerate().map(move |(at, piece)| {
+        let region = match last {
+            Some((index, region)) if index == piece.remote_region => region,
+            _ => find(part, &piece, target).map_err(|failure| failure.at(at as u64))?,
+        };
+        last = Some((piece.remote_region, region));
+        match () {
+            () if region.info.contains(piece.remote, piece.length) => Ok((piece, region)),
+            () if region.info.contains(piece.remote, 1) => {
+                Err(Failure::plain(Reason::OutOfBounds).at(at as u64))
+            }
+            () => Err(Failure::plain(Reason::Unregistered).at(at as u64)),
+        }
+    })
+}
+
+fn find<'a>(part: &Part, piece: &Piece, target: &'a View) -> Result<&'a Arc<Region>, Failure> {
+    let named = part.remote_region(piece);
+    let region = target.table.get(named.id).filter(|region| region.info.generation == named.generation);
+    region.filter(|region| !region.is_retired()).ok_or_else(|| Failure::plain(Reason::RegionChanged))
+}

@@ -1,0 +1,227 @@
+//! The thread that owns lanes: waits for their sockets and for its inbox, and gives each lane its turn.
+//!
+//! A lane belongs to one thread for life, so nothing on the way of a byte takes a lock. Turns are bounded
+//! ([`role::TURN_BYTES`]) and events level-triggered, so a lane with endless work delays the others by a turn
+//! and is asked again. A lane that is stuck in the middle of a part while the rules change is not woken by its
+//! socket; the thread looks after such lanes every [`REVIEW_EVERY`], so that they let go of their leases (I6).
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    net::{Shutdown, TcpStream},
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::event::{Timespec, epoll};
+
+use super::{
+    inbox::{Command, Inbox, NewLane},
+    role::{Ended, Interest, Ready, Role},
+};
+use crate::{
+    domain::{Failure, Reason},
+    transport::ending::Ending,
+};
+
+/// How often lanes that hold leases look at the rules although their sockets do not move.
+const REVIEW_EVERY: Duration = Duration::from_millis(50);
+
+/// For parts with process memory; one part fits.
+const BOUNCE_BYTES: usize = 1 << 20;
+
+const EVENTS_AT_ONCE: usize = 64;
+
+/// The inbox among the epoll keys; lanes are numbered from 1.
+const INBOX_KEY: u64 = 0;
+
+/// A lane that is served. Dropped from top to bottom: its end is told when all else is gone.
+struct Served {
+    socket: TcpStream,
+    role: Box<dyn Role>,
+    interest: Interest,
+    ending: Ending,
+}
+
+pub(super) struct Carrier {
+    epoll: OwnedFd,
+    inbox: Arc<Inbox>,
+    lanes: HashMap<u64, Served>,
+    commands: VecDeque<Command>,
+    bounce: Box<[u8]>,
+    reviewed: Instant,
+}
+
+/// Tells the process when the thread is gone, by whatever way.
+pub(super) struct Farewell {
+    pub(super) inbox: Arc<Inbox>,
+    pub(super) alive: Arc<AtomicBool>,
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        self.alive.store(false, SeqCst);
+        self.inbox.shut();
+        if std::thread::panicking() {
+            tracing::error!("a lane thread panicked; its lanes are closed");
+        }
+    }
+}
+
+impl Carrier {
+    pub(super) fn new(inbox: Arc<Inbox>) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, inbox.bell(), epoll::EventData::new_u64(INBOX_KEY), flags)?;
+        Ok(Self {
+            epoll,
+            inbox,
+            lanes: HashMap::new(),
+            commands: VecDeque::new(),
+            bounce: vec![0; BOUNCE_BYTES].into_boxed_slice(),
+            reviewed: Instant::now(),
+        })
+    }
+
+    /// Serves until it is told to shut down.
+    pub(super) fn run(mut self) {
+        let mut events = Vec::with_capacity(EVENTS_AT_ONCE);
+        while self.obey() {
+            if let Err(error) = self.wait(&mut events) {
+                tracing::error!(%error, "a lane thread cannot wait for its sockets; its lanes are closed");
+                return;
+            }
+            for event in events.drain(..) {
+                self.turn(event.data.u64(), ready(event.flags));
+            }
+            self.look_after_the_stuck();
+        }
+        let keys: Vec<u64> = self.lanes.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.close(key, Failure::plain(Reason::Draining)));
+    }
+
+    /// Carries out what the inbox holds, until nothing has come meanwhile: only then will the bell ring again.
+    /// That ends, because sessions submit no more than their windows before they hear from a socket. False
+    /// when all is to end.
+    fn obey(&mut self) -> bool {
+        let mut commands = std::mem::take(&mut self.commands);
+        let mut go_on = true;
+        loop {
+            self.inbox.take(&mut commands);
+            if commands.is_empty() || !go_on {
+                break;
+            }
+            for command in commands.drain(..) {
+                go_on &= self.carry_out(command);
+            }
+        }
+        self.commands = commands;
+        go_on
+    }
+
+    fn carry_out(&mut self, command: Command) -> bool {
+        match command {
+            Command::Add(lane) => self.add(*lane),
+            Command::Submit(key, parts) => {
+                if let Some(lane) = self.lanes.get_mut(&key) {
+                    match lane.role.submit(parts) {
+                        Ok(()) => self.turn(key, Ready { readable: false, writable: false }),
+                        Err(failure) => self.close(key, failure),
+                    }
+                }
+            }
+            Command::Close(key, cause) => self.close(key, cause),
+            Command::Shutdown => return false,
+        }
+        true
+    }
+
+    fn wait(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+        let anxious = self.lanes.values().any(|lane| lane.role.holds_leases());
+        let timeout = anxious.then(|| Timespec { tv_sec: 0, tv_nsec: REVIEW_EVERY.subsec_nanos().into() });
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.inbox.awake();
+        Ok(())
+    }
+
+    fn add(&mut self, lane: NewLane) {
+        let NewLane { key, socket, role, ending } = lane;
+        let interest = Interest { read: true, write: false };
+        let (data, flags) = (epoll::EventData::new_u64(key), flags(interest));
+        let added =
+            socket.set_nodelay(true).and_then(|()| Ok(epoll::add(&self.epoll, &socket, data, flags)?));
+        self.lanes.insert(key, Served { socket, role, interest, ending });
+        if let Err(error) = added {
+            self.close(key, Failure::io(Reason::ConnectionLost, "take over the lane's socket", &error));
+        }
+    }
+
+    /// Gives a lane its turn. One that is gone meanwhile is passed over.
+    fn turn(&mut self, key: u64, ready: Ready) {
+        let Some(lane) = self.lanes.get_mut(&key) else { return };
+        let interest = match lane.role.turn(lane.socket.as_fd(), ready, &mut self.bounce) {
+            Ok(interest) => interest,
+            Err(failure) => return self.close(key, failure),
+        };
+        if interest == lane.interest {
+            return;
+        }
+        lane.interest = interest;
+        let data = epoll::EventData::new_u64(key);
+        if let Err(error) = epoll::modify(&self.epoll, &lane.socket, data, flags(interest)) {
+            self.close(key, Failure::io(Reason::ConnectionLost, "wait for the lane's socket", &error.into()));
+        }
+    }
+
+    fn look_after_the_stuck(&mut self) {
+        if self.reviewed.elapsed() < REVIEW_EVERY {
+            return;
+        }
+        self.reviewed = Instant::now();
+        let review = |(key, lane): (&u64, &mut Served)| match lane.role.holds_leases() {
+            true => lane.role.review().err().map(|failure| (*key, failure)),
+            false => None,
+        };
+        let failed: Vec<_> = self.lanes.iter_mut().filter_map(review).collect();
+        failed.into_iter().for_each(|(key, failure)| self.close(key, failure));
+    }
+
+    /// Ends a lane: first the connection, then the seat and the leases, then the word.
+    fn close(&mut self, key: u64, cause: impl Into<Ended>) {
+        let Some(mut lane) = self.lanes.remove(&key) else { return };
+        let cause = match cause.into() {
+            Ended::Failed(failure) => failure,
+            Ended::Broken(violation) => {
+                tracing::warn!(lane = %lane.ending.lane(), %violation, "the peer broke the protocol of a lane");
+                violation.into()
+            }
+        };
+        // An error means that the connection is gone already.
+        let _ = lane.socket.shutdown(Shutdown::Both);
+        lane.ending.set_record(lane.role.record());
+        lane.ending.cause = Some(cause);
+    }
+}
+
+/// Hang-ups and errors show in the calls themselves, so they count as both.
+fn ready(flags: epoll::EventFlags) -> Ready {
+    let broken = flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP);
+    Ready {
+        readable: broken || flags.contains(epoll::EventFlags::IN),
+        writable: broken || flags.contains(epoll::EventFlags::OUT),
+    }
+}
+
+fn flags(interest: Interest) -> epoll::EventFlags {
+    let mut flags = epoll::EventFlags::empty();
+    flags.set(epoll::EventFlags::IN, interest.read);
+    flags.set(epoll::EventFlags::OUT, interest.write);
+    flags
+}

@@ -1,0 +1,287 @@
+//! TCP lanes: KV slices between nodes without RDMA, straight between engine memory and socket.
+//!
+//! ```text
+//!  session --submit--> inbox --> carrier thread: epoll --> turn of a lane
+//!                                                            |  fence: enter, look at the rules if they changed
+//!                                                            |  one sendmsg / recvmsg over up to 1022 runs
+//!                                                            v
+//!                                                         sink: Processed, Refused, Closed
+//! ```
+//!
+//! One connection is one lane, write or read. Its four ends are [`write_source`], [`write_target`],
+//! [`read_sink`] and [`read_server`], made of the same halves ([`frames`]) around the same [`body`]. What they
+//! say to each other is in [`wire`].
+//!
+//! - I1, I2: engine memory is touched only inside the [`fence`], one non-blocking call at a time; a lane tells
+//!   its end once, when socket and seat are gone, and never re-opens.
+//! - I4, I5: a target checks a whole part before it receives or sends a byte of it ([`admission`]).
+//! - I6: spans handed to the kernel carry the leases of their regions ([`io`]).
+//! - I8: queues are bounded by the session's window and [`wire::WINDOW_PARTS`].
+//!
+//! Deliberately absent: retry (a lane only says what was processed), encryption, io_uring, MSG_ZEROCOPY, and
+//! the acceptance of connections (the endpoint reads the [`Preface`] and judges its token).
+
+mod admission;
+mod body;
+mod carrier;
+mod fence;
+mod frames;
+mod inbox;
+mod initiator;
+mod io;
+mod read_server;
+mod read_sink;
+mod role;
+mod stops;
+#[cfg(test)]
+mod tests;
+mod wire;
+mod write_source;
+mod write_target;
+
+use std::{
+    net::TcpStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
+    },
+    thread::JoinHandle,
+};
+
+pub use stops::Stops;
+pub use wire::{PREFACE_BYTES, Preface, Violation, WINDOW_PARTS};
+
+use self::{
+    carrier::{Carrier, Farewell},
+    inbox::{Command, Inbox, NewLane},
+    read_server::ReadServer,
+    read_sink::ReadSink,
+    role::{Meter, Role},
+    stops::LaneStops,
+    write_source::WriteSource,
+    write_target::WriteTarget,
+};
+use super::{LaneKind, LaneSink, SequencedPart, TargetSink, ending::Ending};
+use crate::{
+    domain::{Failure, LaneId, Reason},
+    memory::EngineMemory,
+};
+
+/// Bytes heard from a peer, over all lanes of a session: life (I9).
+#[derive(Debug, Default)]
+pub struct Pulse(AtomicU64);
+
+impl Pulse {
+    /// Nothing heard yet.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Bytes so far. As long as it rises the peer lives.
+    pub fn total(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    fn heard(&self, bytes: u64) {
+        if bytes > 0 {
+            self.0.fetch_add(bytes, Relaxed);
+        }
+    }
+}
+
+/// An initiator's end to be.
+#[derive(Debug)]
+pub struct InitiatorSetup {
+    /// The lane's number.
+    pub lane: LaneId,
+    /// Which way its payload flows.
+    pub kind: LaneKind,
+    /// The engine whose memory the parts name as local.
+    pub memory: Arc<EngineMemory>,
+    /// Where events go.
+    pub sink: Arc<dyn LaneSink>,
+    /// The session's.
+    pub pulse: Arc<Pulse>,
+}
+
+/// A target's end to be.
+#[derive(Debug)]
+pub struct TargetSetup {
+    /// The lane's number.
+    pub lane: LaneId,
+    /// Which way its payload flows.
+    pub kind: LaneKind,
+    /// The engine whose memory the parts name as the target's.
+    pub memory: Arc<EngineMemory>,
+    /// The session's stop marks.
+    pub stops: Arc<Stops>,
+    /// Where the end is told.
+    pub sink: Arc<dyn TargetSink>,
+    /// The session's.
+    pub pulse: Arc<Pulse>,
+}
+
+/// The threads that carry TCP lanes.
+#[derive(Debug)]
+pub struct Carriers {
+    threads: Vec<Thread>,
+    next_key: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Thread {
+    inbox: Arc<Inbox>,
+    lanes: Arc<AtomicUsize>,
+    alive: Arc<AtomicBool>,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl Carriers {
+    /// Starts so many threads, named `lane-0` and up; at least one.
+    pub fn start(threads: usize) -> std::io::Result<Self> {
+        let threads = (0..threads.max(1)).map(Thread::start).collect::<std::io::Result<_>>()?;
+        Ok(Self { threads, next_key: AtomicU64::new(1) })
+    }
+
+    /// Takes over an initiator's connection, whose preface has been written.
+    pub fn initiate(&self, stream: TcpStream, setup: InitiatorSetup) -> Lane {
+        let moved = Arc::new(AtomicU64::new(0));
+        let meter = Meter { moved: moved.clone(), pulse: setup.pulse.clone() };
+        let ending = Ending::initiator(setup.lane, setup.sink.clone());
+        let role: Box<dyn Role> = match setup.kind {
+            LaneKind::Write => Box::new(WriteSource::new(setup, meter)),
+            LaneKind::Read => Box::new(ReadSink::new(setup, meter)),
+        };
+        Lane { held: self.carry(stream, role, ending), moved }
+    }
+
+    /// Takes over a target's connection, whose preface has been read and judged.
+    pub fn serve(&self, stream: TcpStream, setup: TargetSetup) -> TargetLane {
+        let moved = Arc::new(AtomicU64::new(0));
+        let meter = Meter { moved: moved.clone(), pulse: setup.pulse.clone() };
+        let stops = LaneStops::new(setup.stops.clone(), setup.lane);
+        let processed = stops.progress();
+        let ending = Ending::target(setup.lane, setup.sink.clone());
+        let role: Box<dyn Role> = match setup.kind {
+            LaneKind::Write => Box::new(WriteTarget::new(setup, stops, meter)),
+            LaneKind::Read => Box::new(ReadServer::new(setup, stops, meter)),
+        };
+        TargetLane { held: self.carry(stream, role, ending), moved, processed }
+    }
+
+    /// False once a thread has died: its lanes are closed and the process should not go on for long.
+    pub fn is_healthy(&self) -> bool {
+        self.threads.iter().all(|thread| thread.alive.load(SeqCst))
+    }
+
+    fn carry(&self, socket: TcpStream, role: Box<dyn Role>, mut ending: Ending) -> Held {
+        let load = |thread: &&Thread| (!thread.alive.load(SeqCst), thread.lanes.load(SeqCst));
+        let thread = self.threads.iter().min_by_key(load).expect("`start` made at least one thread");
+        ending.count(&thread.lanes);
+        let key = self.next_key.fetch_add(1, Relaxed);
+        let inbox = thread.inbox.clone();
+        inbox.push(Command::Add(Box::new(NewLane { key, socket, role, ending })));
+        Held { key, inbox, closed: AtomicBool::new(false) }
+    }
+}
+
+impl Drop for Carriers {
+    /// Closes every lane with `Draining` and waits for the threads.
+    fn drop(&mut self) {
+        self.threads.iter().for_each(|thread| thread.inbox.push(Command::Shutdown));
+        for thread in &mut self.threads {
+            if let Some(Err(_)) = thread.handle.take().map(JoinHandle::join) {
+                tracing::error!("a lane thread had panicked");
+            }
+        }
+    }
+}
+
+impl Thread {
+    fn start(number: usize) -> std::io::Result<Self> {
+        let inbox = Arc::new(Inbox::new()?);
+        let alive = Arc::new(AtomicBool::new(true));
+        let carrier = Carrier::new(inbox.clone())?;
+        let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
+        let serve = move || {
+            let _farewell = farewell;
+            carrier.run();
+        };
+        let handle = std::thread::Builder::new().name(format!("lane-{number}")).spawn(serve)?;
+        Ok(Self { inbox, lanes: Arc::default(), alive, handle: Some(handle) })
+    }
+}
+
+/// A lane as seen from outside its thread. Letting go of it closes the lane.
+#[derive(Debug)]
+struct Held {
+    key: u64,
+    inbox: Arc<Inbox>,
+    /// Asked once, which bounds the inbox.
+    closed: AtomicBool,
+}
+
+impl Held {
+    fn close(&self, cause: Failure) {
+        if !self.closed.swap(true, SeqCst) {
+            self.inbox.push(Command::Close(self.key, cause));
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.close(Failure::new(Reason::ConnectionLost, "the lane was let go"));
+    }
+}
+
+/// An initiator's end.
+#[derive(Debug)]
+pub struct Lane {
+    held: Held,
+    moved: Arc<AtomicU64>,
+}
+
+impl Lane {
+    /// Queues parts, whose sequences follow those of the call before.
+    pub fn submit(&self, parts: Vec<SequencedPart>) {
+        if !parts.is_empty() {
+            self.held.inbox.push(Command::Submit(self.held.key, parts));
+        }
+    }
+
+    /// Asks for the end.
+    pub fn close(&self, cause: Failure) {
+        self.held.close(cause);
+    }
+
+    /// Payload bytes the socket has taken or given.
+    pub fn moved(&self) -> u64 {
+        self.moved.load(Relaxed)
+    }
+}
+
+/// A target's end.
+#[derive(Debug)]
+pub struct TargetLane {
+    held: Held,
+    moved: Arc<AtomicU64>,
+    processed: Arc<AtomicU64>,
+}
+
+impl TargetLane {
+    /// Asks for the end.
+    pub fn close(&self, cause: Failure) {
+        self.held.close(cause);
+    }
+
+    /// Every part up to this sequence was applied, refused or aborted.
+    pub fn processed(&self) -> u64 {
+        self.processed.load(SeqCst)
+    }
+
+    /// Payload bytes the socket has taken or given.
+    pub fn moved(&self) -> u64 {
+        self.moved.load(Relaxed)
+    }
+}

@@ -1,0 +1,161 @@
+//! Two ends of real connections on 127.0.0.1, or one end and a test that plays the other byte by byte.
+
+mod hostile;
+mod moves;
+mod refusals;
+mod speed;
+mod stopping;
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    sync::Arc,
+};
+
+use super::{
+    wire::{ACK_BYTES, Ack, FrameKind, HEADER_AND_TABLE_START, PartHeader, TRAILER_BYTES, Trailer},
+    *,
+};
+use crate::transport::testing::{Engine, Events, PATIENCE, TargetEnd, TestRegion};
+
+const LANE: LaneId = LaneId(1);
+
+/// A connection: the initiator's end and the target's.
+fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let here = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+    let (there, _) = listener.accept().expect("a connection");
+    for end in [&here, &there] {
+        end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        end.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+    }
+    (here, there)
+}
+
+/// A connection that holds far less than a part.
+fn narrow_connection() -> (TcpStream, TcpStream) {
+    let (here, there) = connection();
+    for end in [&here, &there] {
+        let end = socket2::SockRef::from(end);
+        end.set_send_buffer_size(32 << 10).expect("a size");
+        end.set_recv_buffer_size(32 << 10).expect("a size");
+    }
+    (here, there)
+}
+
+/// Two engines with a lane between them.
+struct Link {
+    initiator: Engine,
+    target: Engine,
+    events: Arc<Events>,
+    end: Arc<TargetEnd>,
+    lane: Lane,
+    served: TargetLane,
+    _carriers: Carriers,
+}
+
+impl Link {
+    fn new(kind: LaneKind) -> Self {
+        let carriers = Carriers::start(2).expect("threads");
+        let (here, there) = connection();
+        let initiator = Initiator::start(&carriers, kind, here);
+        let target = Target::start(&carriers, kind, there);
+        Self {
+            initiator: initiator.engine,
+            target: target.engine,
+            events: initiator.events,
+            end: target.end,
+            lane: initiator.lane,
+            served: target.lane,
+            _carriers: carriers,
+        }
+    }
+}
+
+/// An initiator's lane whose target is the test.
+struct Initiator {
+    engine: Engine,
+    events: Arc<Events>,
+    lane: Lane,
+    pulse: Arc<Pulse>,
+}
+
+impl Initiator {
+    fn start(carriers: &Carriers, kind: LaneKind, stream: TcpStream) -> Self {
+        Self::of(Engine::new(), carriers, kind, stream)
+    }
+
+    fn of(engine: Engine, carriers: &Carriers, kind: LaneKind, stream: TcpStream) -> Self {
+        let (events, pulse) = (Events::new(), Pulse::new());
+        let memory = engine.memory.clone();
+        let setup = InitiatorSetup { lane: LANE, kind, memory, sink: events.clone(), pulse: pulse.clone() };
+        let lane = carriers.initiate(stream, setup);
+        Self { engine, events, lane, pulse }
+    }
+}
+
+/// A target's lane whose initiator is the test.
+struct Target {
+    engine: Engine,
+    stops: Arc<Stops>,
+    end: Arc<TargetEnd>,
+    lane: TargetLane,
+}
+
+impl Target {
+    fn start(carriers: &Carriers, kind: LaneKind, stream: TcpStream) -> Self {
+        Self::of(Engine::new(), carriers, kind, stream)
+    }
+
+    fn of(engine: Engine, carriers: &Carriers, kind: LaneKind, stream: TcpStream) -> Self {
+        let (stops, end) = (Stops::new(), Arc::<TargetEnd>::default());
+        let (memory, pulse) = (engine.memory.clone(), Pulse::new());
+        let setup = TargetSetup { lane: LANE, kind, memory, stops: stops.clone(), sink: end.clone(), pulse };
+        let lane = carriers.serve(stream, setup);
+        Self { engine, stops, end, lane }
+    }
+}
+
+/// Header and table of a part of a single run.
+fn frame(kind: FrameKind, sequence: u64, region: &TestRegion, address: u64, bytes: u32) -> Vec<u8> {
+    let header = PartHeader { kind, runs: 1, regions: 1, bytes, ..PartHeader::abort(sequence, TRANSFER) };
+    let mut frame = header.encode().to_vec();
+    frame.extend_from_slice(&region.info.id.0.to_le_bytes());
+    frame.extend_from_slice(&region.info.generation.0.to_le_bytes());
+    frame.extend_from_slice(&wire::Descriptor { address, length: bytes, region: 0 }.encode());
+    frame
+}
+
+/// The transfer that the test's own frames belong to.
+const TRANSFER: crate::domain::TransferId = crate::domain::TransferId([3; 16]);
+
+fn trailer(sequence: u64) -> [u8; TRAILER_BYTES] {
+    Trailer { aborted: None, sequence }.encode()
+}
+
+fn read_array<const N: usize>(stream: &mut TcpStream) -> [u8; N] {
+    let mut bytes = [0; N];
+    stream.read_exact(&mut bytes).expect("bytes in time");
+    bytes
+}
+
+fn read_ack(stream: &mut TcpStream) -> Ack {
+    Ack::parse(&read_array::<ACK_BYTES>(stream)).expect("an ack")
+}
+
+/// Header, payload and trailer of a part of a single run, as a write lane's target sees it.
+fn read_part(stream: &mut TcpStream) -> (PartHeader, Vec<u8>, Option<Trailer>) {
+    let head = read_array::<HEADER_AND_TABLE_START>(stream);
+    let header = PartHeader::parse(head.first_chunk().expect("a header")).expect("a header");
+    if header.kind == FrameKind::Abort {
+        return (header, Vec::new(), None);
+    }
+    let mut payload = vec![0; header.bytes as usize];
+    stream.read_exact(&mut payload).expect("payload in time");
+    let trailer = Trailer::parse(&read_array(stream), header.sequence).expect("a trailer");
+    (header, payload, Some(trailer))
+}
+
+fn send(stream: &mut TcpStream, pieces: &[&[u8]]) {
+    pieces.iter().for_each(|piece| stream.write_all(piece).expect("the lane reads"));
+}
