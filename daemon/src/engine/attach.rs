@@ -21,6 +21,7 @@ use tokio::{
 
 use super::{Engine, EventQueue, Node, outcomes::Teller};
 use crate::{
+    config::ProcessMode,
     domain::{Failure, Incarnation, PathKind, Reason, SessionId},
     memory::{EngineMemory, FdShelf, PROBE_BASE, PROBE_BYTES, ProcessMemory, Quota, RegionRequest, Source},
     peer::{
@@ -244,11 +245,26 @@ impl Node {
 
     fn memory_for(&self, caller: Caller) -> Arc<EngineMemory> {
         let limits = &self.resources.config.limits;
-        // Without access to the process its private memory cannot be registered; everything else can.
-        let process = caller.pid.and_then(Pid::from_raw).and_then(|pid| ProcessMemory::open(pid).ok());
+        let process = caller.pid.and_then(Pid::from_raw).and_then(|pid| self.open_process(pid));
         let quota =
             Quota { regions: limits.regions + 1, bytes: limits.region_bytes, layouts: limits.regions };
         EngineMemory::new(self.resources.registrar.clone(), quota, process.map(Arc::new))
+    }
+
+    /// Without access to the process its private memory cannot be registered; everything else can.
+    fn open_process(&self, pid: Pid) -> Option<ProcessMemory> {
+        let opened = ProcessMemory::open(pid);
+        if let Err(failure) = &opened {
+            match self.resources.config.process.mode {
+                ProcessMode::Direct => {
+                    tracing::warn!(?pid, %failure, "an engine's private memory is out of reach")
+                }
+                ProcessMode::Auto => {
+                    tracing::debug!(?pid, %failure, "an engine's private memory is out of reach")
+                }
+            }
+        }
+        opened.ok()
     }
 
     /// Owns the engine until its lease ends, then takes it apart.
