@@ -29,10 +29,11 @@ test: ## formatting, lints, every test, the docs (at most 10 minutes)
 	cargo test --locked --workspace
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 
-test-full: ## the long cases, on the release build
+test-full: ## the long cases, against the release build of the daemon
 	@tests/prepare.sh test-full
-	cargo build --locked --release --workspace --bins --tests
-	KVFERRY_LONG=1 cargo test --locked --release -p kvferry-tests -- --nocapture --test-threads=1
+	@$(MAKE) --no-print-directory release
+	KVFERRY_LONG=1 KVFERRYD_BIN=$(abspath $(TARGET_DIR))/release/kvferryd \
+	  cargo test --locked -p kvferry-tests -- --nocapture --test-threads=1
 
 lint: ## formatting and lints, warnings denied
 	cargo fmt --all --check

@@ -3,13 +3,13 @@
 //! One owner (the driver in `peer`) feeds [`Event`]s and carries out [`Action`]s; time and randomness come in
 //! with the event, so a simulation can run this very code. The parts:
 //!
-//! - [`event`](self::event): the words it is spoken to in, and answers in;
-//! - [`link`](self::link): is the control stream up, and when is it tried again;
-//! - [`planning`](self::planning): which table a plan is made from, and when it is made anew;
-//! - [`dispatch`](self::dispatch): which part goes where next;
-//! - [`lanes`], [`lane_life`](self::lane_life): which parts are in doubt on which lane, and until when (I2);
-//! - [`ending`](self::ending): how transfers end (I1), the settle ladder's first step;
-//! - [`probe`](self::probe): how a failed session heals.
+//! - [`event`]: the words it is spoken to in, and answers in;
+//! - [`link`]: is the control stream up, and when is it tried again;
+//! - [`planning`]: which table a plan is made from, and when it is made anew;
+//! - [`dispatch`]: which part goes where next;
+//! - [`lanes`], [`lane_life`]: which parts are in doubt on which lane, and until when (I2);
+//! - [`ending`]: how transfers end (I1), the settle ladder's first step;
+//! - [`probe`]: how a failed session heals.
 
 mod dispatch;
 mod ending;
