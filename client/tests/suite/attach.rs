@@ -166,6 +166,7 @@ fn events_arrive_in_order_and_the_last_is_detached() {
         session_id: "127.0.0.1:20001".into(),
         state: types::SessionState::Failed.into(),
         cause: Some(types::Failure { reason: types::Reason::PeerSilent.into(), ..Default::default() }),
+        ..Default::default()
     }));
     fake.send(wire::engine_event::Event::Notification(wire::Notification::default()));
     fake.send(wire::engine_event::Event::RegionInvalidated(wire::RegionInvalidated {

@@ -240,6 +240,7 @@ pub(super) fn event(event: EngineEvent) -> wire::EngineEvent {
             session_id: session.to_string(),
             state: state(to).into(),
             cause: cause.as_ref().map(types::Failure::from),
+            ..Default::default()
         }),
         EngineEvent::TransferSettled(settled) => Event::TransferSettled(report(&settled)),
         EngineEvent::Draining(grace) => {

@@ -67,9 +67,9 @@ pub(super) fn settled(settled: bool) -> wire::SettleReply {
         true => wire::Settlement::Settled,
         false => wire::Settlement::Unsettled,
     };
-    wire::SettleReply { settlement: settlement.into(), failure: None }
+    wire::SettleReply { settlement: settlement.into(), ..Default::default() }
 }
 
 pub(super) fn not_applied(failure: &Failure) -> wire::SettleReply {
-    wire::SettleReply { settlement: 0, failure: Some(failure.into()) }
+    wire::SettleReply { failure: Some(failure.into()), ..Default::default() }
 }

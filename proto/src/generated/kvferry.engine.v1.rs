@@ -146,6 +146,9 @@ pub struct SessionChanged {
     pub state: i32,
     #[prost(message, optional, tag = "3")]
     pub cause: ::core::option::Option<super::super::types::v1::Failure>,
+    /// Whom the session is pinned to, if anybody: handed over as a known peer at re-attach.
+    #[prost(bytes = "vec", tag = "4")]
+    pub incarnation: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegionInvalidated {
@@ -253,6 +256,9 @@ pub struct SettleReply {
     /// Why the call did not apply (unknown id, not yours); settlement is then unspecified.
     #[prost(message, optional, tag = "2")]
     pub failure: ::core::option::Option<super::super::types::v1::Failure>,
+    /// Of Revoke and RevokeTag: the endpoint's revocation epoch since this call.
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TransferRequest {

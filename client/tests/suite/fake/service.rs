@@ -238,5 +238,9 @@ impl Engine for Service {
 }
 
 fn settled(failure: Option<types::Failure>) -> Response<wire::SettleReply> {
-    Response::new(wire::SettleReply { settlement: wire::Settlement::Settled.into(), failure })
+    Response::new(wire::SettleReply {
+        settlement: wire::Settlement::Settled.into(),
+        failure,
+        ..Default::default()
+    })
 }
