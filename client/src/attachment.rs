@@ -85,7 +85,7 @@ impl Attachment {
     /// This thread's way to the daemon.
     pub(crate) fn caller(&self) -> Result<(Arc<Link>, Caller), Error> {
         let link = self.links.mine(&self.core.socket)?;
-        let caller = Caller::new(self.core.clone(), link.channel.clone());
+        let caller = Caller::new(self.core.clone(), link.channel.clone()).through(link.pipe.clone());
         Ok((link, caller))
     }
 

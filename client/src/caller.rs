@@ -25,6 +25,7 @@ use crate::{
     fds,
     lease::{Lease, Verdict},
     memory::Backing,
+    pipe::Pipe,
     transfer::{IdMint, millis},
 };
 
@@ -85,11 +86,18 @@ pub struct Probe {
 pub(crate) struct Caller {
     pub(crate) core: Arc<Core>,
     pub(crate) client: EngineClient<Channel>,
+    /// For callers that have one transfer at a time.
+    pub(crate) pipe: Option<Arc<Pipe>>,
 }
 
 impl Caller {
     pub(crate) fn new(core: Arc<Core>, channel: Channel) -> Self {
-        Self { core, client: connection::client(channel) }
+        Self { core, client: connection::client(channel), pipe: None }
+    }
+
+    /// Has transfers take this way instead of calls of their own.
+    pub(crate) fn through(self, pipe: Arc<Pipe>) -> Self {
+        Self { pipe: Some(pipe), ..self }
     }
 
     /// A message of ours: the token says so.

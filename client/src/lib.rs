@@ -40,7 +40,8 @@
 //! - Handles do not survive fork: a child gets [`Error::Forked`] and must attach for itself.
 //!
 //! The way of a call through the modules: `engine` or `aio` (whose thread, whose runtime) -> `caller` and
-//! `submit` (which messages, and what their loss means) -> `connection`. `holder` is the background thread.
+//! `submit` (which messages, and what their loss means) -> `pipe` (a blocking thread's open stream) ->
+//! `connection`. `holder` is the background thread.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod aio;
@@ -63,6 +64,7 @@ mod links;
 mod memory;
 mod node;
 mod options;
+mod pipe;
 mod submit;
 mod transfer;
 

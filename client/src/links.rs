@@ -16,12 +16,13 @@ use std::{
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::Channel;
 
-use crate::{Error, connection};
+use crate::{Error, connection, pipe::Pipe};
 
 /// One thread's way to the daemon.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) channel: Channel,
+    pub(crate) pipe: Arc<Pipe>,
     /// Taken in `drop` alone.
     runtime: Option<Runtime>,
 }
@@ -37,7 +38,7 @@ impl Link {
             let _inside = runtime.enter();
             connection::lazy(socket)
         };
-        Ok(Self { channel, runtime: Some(runtime) })
+        Ok(Self { channel, pipe: Arc::default(), runtime: Some(runtime) })
     }
 
     /// Panics inside an async context, as every blocking call of tokio does.

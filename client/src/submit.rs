@@ -55,9 +55,8 @@ impl Caller {
         let (count, bytes) = (slices.local.len() as u64, slices.bytes());
         let reply = if count <= step {
             let message = wire::TransferRequest { slices: Some(slices.into_wire()), ..header };
-            let mut client = self.client.clone();
-            let rpc = client.transfer(self.request(message));
-            self.ask("Transfer", async { rpc.await.map(tonic::Response::into_inner) }).await
+            let call = if self.pipe.is_some() { "TransferStream" } else { "Transfer" };
+            self.ask(call, self.whole(message)).await
         } else {
             let rpc = self.stream(id, Chunks::new(id, header, slices, step));
             self.ask("TransferStream", rpc).await
@@ -68,6 +67,19 @@ impl Caller {
             Err(NoReply::Lost(..)) => {
                 let verdict = self.core.lease.verdict().await;
                 Ok(Report { slices: count, bytes, ..verdict.report(id) })
+            }
+        }
+    }
+
+    async fn whole(&self, message: wire::TransferRequest) -> Result<wire::TransferReply, Status> {
+        match &self.pipe {
+            Some(pipe) => {
+                let token = &self.core.lease.token;
+                pipe.exchange(&self.client, token, message, |messages| self.request(messages)).await
+            }
+            None => {
+                let mut client = self.client.clone();
+                client.transfer(self.request(message)).await.map(tonic::Response::into_inner)
             }
         }
     }

@@ -4,6 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use kvferry_client::{Engine, Error, Lengths, Outcome, Reason, Settlement, TransferId};
 use kvferry_proto::engine::v1 as wire;
+use tonic::Code;
 
 use crate::fake::{Answer, Fake, transfer};
 
@@ -24,16 +25,12 @@ fn count(message: &wire::TransferRequest) -> usize {
 fn a_batch_is_one_message_up_to_the_limit_and_chunks_beyond() {
     let fake = Fake::start();
     let engine = Engine::attach(fake.options()).unwrap();
-    for (slices, call, messages) in [
-        (0, "Transfer", vec![0]),
-        (65_536, "Transfer", vec![65_536]),
-        (65_537, "TransferStream", vec![65_536, 1]),
-        (131_073, "TransferStream", vec![65_536, 65_536, 1]),
-    ] {
+    for (slices, messages) in
+        [(0, vec![0]), (65_536, vec![65_536]), (65_537, vec![65_536, 1]), (131_073, vec![65_536, 65_536, 1])]
+    {
         let before = fake.transfers().len();
         let report = engine.transfer(transfer(slices)).unwrap();
         assert_eq!((report.outcome, report.slices_done), (Outcome::Done, slices));
-        assert_eq!(fake.calls().pop().unwrap().0, call);
         let sent = fake.transfers().split_off(before);
         assert_eq!(sent.iter().map(count).collect::<Vec<_>>(), messages);
         assert!(sent.iter().all(|message| message.transfer_id == report.id.0));
@@ -44,6 +41,23 @@ fn a_batch_is_one_message_up_to_the_limit_and_chunks_beyond() {
         let (last, others) = sent.split_last().unwrap();
         assert!(!last.more && others.iter().all(|message| message.more));
     }
+}
+
+#[test]
+fn the_transfers_of_a_thread_share_a_stream_until_one_of_them_breaks_it() {
+    let fake = Fake::start();
+    let engine = Engine::attach(fake.options()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(engine.transfer(transfer(1)).unwrap().outcome, Outcome::Done);
+    }
+    assert_eq!(fake.streams(), 1);
+    std::thread::scope(|scope| scope.spawn(|| engine.transfer(transfer(1)).unwrap()).join().unwrap());
+    assert_eq!(fake.streams(), 2, "another thread has its own");
+    fake.answer(Answer::Status(Code::InvalidArgument, Some(40)));
+    assert!(matches!(engine.transfer(transfer(1)), Err(Error::Refused(_))));
+    fake.answer(Answer::Good);
+    assert_eq!(engine.transfer(transfer(1)).unwrap().outcome, Outcome::Done);
+    assert_eq!(fake.streams(), 3);
 }
 
 #[test]

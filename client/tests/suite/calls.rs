@@ -20,7 +20,7 @@ fn every_call(engine: &Engine) -> Vec<(&'static str, Result<(), Error>)> {
     vec![
         ("RegisterRegions", engine.register(&[process]).map(drop)),
         ("UnregisterRegions", engine.unregister(&[1]).map(drop)),
-        ("Transfer", engine.transfer(transfer(1)).map(drop)),
+        ("TransferStream", engine.transfer(transfer(1)).map(drop)),
         ("TransferStream", engine.transfer(transfer(65_537)).map(drop)),
         ("Wait", engine.wait(id, PATIENCE).map(drop)),
         ("Cancel", engine.cancel(id).map(drop)),

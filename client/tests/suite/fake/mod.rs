@@ -52,6 +52,7 @@ pub(crate) enum First {
 struct State {
     calls: Vec<(&'static str, Option<Vec<u8>>)>,
     transfers: Vec<wire::TransferRequest>,
+    streams: usize,
     registered: Vec<wire::RegisterRegionsRequest>,
     waits: Vec<wire::WaitRequest>,
     cancels: Vec<Vec<u8>>,
@@ -178,6 +179,11 @@ impl Fake {
     }
 
     /// Messages of Transfer and TransferStream, in order.
+    /// TransferStream calls so far.
+    pub(crate) fn streams(&self) -> usize {
+        self.shared.update(|state| state.streams)
+    }
+
     pub(crate) fn transfers(&self) -> Vec<wire::TransferRequest> {
         self.shared.update(|state| state.transfers.clone())
     }

@@ -13,9 +13,14 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 
 use super::{Answer, First, SESSION, Shared, State};
 
+#[derive(Clone)]
 pub(super) struct Service {
     pub(super) shared: Arc<Shared>,
     pub(super) first: First,
+}
+
+fn token<T>(request: &Request<T>) -> Option<Vec<u8>> {
+    request.metadata().get_bin(TOKEN_METADATA).map(|token| token.to_bytes().unwrap().to_vec())
 }
 
 fn status(code: Code, reason: Option<i32>) -> Status {
@@ -34,20 +39,56 @@ impl Service {
         request: Request<T>,
         note: impl FnOnce(&mut State, &T),
     ) -> Result<(T, Option<types::Failure>), Status> {
-        let token =
-            request.metadata().get_bin(TOKEN_METADATA).map(|token| token.to_bytes().unwrap().to_vec());
+        let token = token(&request);
         let message = request.into_inner();
+        let failure = self.answer(call, token, |state| note(state, &message)).await?;
+        Ok((message, failure))
+    }
+
+    /// As `told`, for what came with another call.
+    async fn answer(
+        &self,
+        call: &'static str,
+        token: Option<Vec<u8>>,
+        note: impl FnOnce(&mut State),
+    ) -> Result<Option<types::Failure>, Status> {
         let now = self.shared.update(|state| {
             state.calls.push((call, token));
-            note(state, &message);
+            note(state);
             state.answer.clone()
         });
         let answer = if matches!(now, Answer::Later) { self.shared.answer().await } else { now };
         match answer {
-            Answer::Later | Answer::Good | Answer::Outcome(_) => Ok((message, None)),
-            Answer::Failure(failure) => Ok((message, Some(failure))),
+            Answer::Later | Answer::Good | Answer::Outcome(_) => Ok(None),
+            Answer::Failure(failure) => Ok(Some(failure)),
             Answer::Status(code, reason) => Err(status(code, reason)),
             Answer::Nothing => std::future::pending().await,
+        }
+    }
+
+    /// The transfers of one stream, one after the other; each counts as a call.
+    async fn serve(
+        self,
+        mut messages: tonic::Streaming<wire::TransferRequest>,
+        token: Option<Vec<u8>>,
+        replies: mpsc::Sender<Result<wire::TransferReply, Status>>,
+    ) {
+        let mut slices = 0;
+        while let Some(Ok(message)) = messages.next().await {
+            slices += message.slices.as_ref().map_or(0, |slices| slices.local.len() as u64);
+            let (id, more) = (message.transfer_id.clone(), message.more);
+            self.shared.update(|state| state.transfers.push(message));
+            if more {
+                continue;
+            }
+            let told = self.answer("TransferStream", token.clone(), |_| {}).await;
+            let reply = told.map(|failure| self.reply(id, std::mem::take(&mut slices), failure));
+            let other = self.reply(vec![0xee; 16], 0, None);
+            for reply in [Ok(other), reply] {
+                if replies.send(reply).await.is_err() {
+                    return;
+                }
+            }
         }
     }
 
@@ -146,21 +187,11 @@ impl Engine for Service {
         &self,
         request: Request<tonic::Streaming<wire::TransferRequest>>,
     ) -> Result<Response<Self::TransferStreamStream>, Status> {
-        let (mut messages, failure) = self.told("TransferStream", request, |_, _| {}).await?;
-        let (mut slices, mut id) = (0, Vec::new());
-        while let Some(message) = messages.next().await {
-            let message = message?;
-            slices += message.slices.as_ref().map_or(0, |slices| slices.local.len() as u64);
-            let more = message.more;
-            id.clone_from(&message.transfer_id);
-            self.shared.update(|state| state.transfers.push(message));
-            if !more {
-                break;
-            }
-        }
-        let other = self.reply(vec![0xee; 16], 0, None);
-        let reply = self.reply(id, slices, failure);
-        Ok(Response::new(Box::pin(tokio_stream::iter([Ok(other), Ok(reply)]))))
+        let (replies, outgoing) = mpsc::channel(16);
+        let token = token(&request);
+        self.shared.update(|state| state.streams += 1);
+        tokio::spawn(self.clone().serve(request.into_inner(), token, replies));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 
     async fn wait(
