@@ -17,6 +17,7 @@ use crate::{
     engine::{Node, Resources},
     memory::{LockPolicy, RegionDriver, Registrar},
     peer::Ports,
+    session::secret::Secret,
     telemetry::{Metrics, RegistrarSample},
     transport::{local::CopyPool, tcp::Carriers},
 };
@@ -24,7 +25,7 @@ use crate::{
 /// Calls that may wait for the registrar.
 const REGISTRAR_QUEUE: usize = 1024;
 
-/// Why the daemon does not start. Exit code 3, but for `Internal` (70).
+/// Why the daemon does not start. Exit code 3, but for `Secret` (2) and `Internal` (70).
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A Unix socket cannot be had.
@@ -46,6 +47,14 @@ pub enum StartError {
         /// What is wrong.
         wrong: String,
     },
+    /// The cluster's secret cannot be read.
+    #[error("security.secret_file {path}: {wrong}")]
+    Secret {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong.
+        wrong: String,
+    },
     /// A thread or a descriptor could not be had.
     #[error("{doing}: {source}")]
     Internal {
@@ -61,6 +70,7 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Socket(_) | Self::Admin { .. } | Self::StateDir { .. } => 3,
+            Self::Secret { .. } => 2,
             Self::Internal { .. } => 70,
         }
     }
@@ -71,10 +81,12 @@ fn internal(doing: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
 }
 
 pub(super) async fn start(config: Config, driver: Arc<dyn RegionDriver>) -> Result<Daemon, StartError> {
+    // Before anything is bound: it is configuration.
+    let secret = read_secret(&config.security)?;
     let state_dir = StateDir::open(&config.endpoint.state_dir)?;
     let engines = socket::bind(&config.endpoint.socket)?;
     let fds = socket::bind(&config.endpoint.fd_socket())?;
-    let node = Node::new(resources(config, state_dir.node_id().to_owned(), driver)?);
+    let node = Node::new(resources(config, state_dir.node_id().to_owned(), secret, driver)?);
     let config = &node.resources.config;
     let admin = config.admin.address().map(|address| start_admin(address, &node)).transpose()?;
 
@@ -99,6 +111,7 @@ pub(super) async fn start(config: Config, driver: Arc<dyn RegionDriver>) -> Resu
 fn resources(
     config: Config,
     node_id: String,
+    secret: Option<Secret>,
     driver: Arc<dyn RegionDriver>,
 ) -> Result<Resources, StartError> {
     let lock = match config.registration.lock {
@@ -121,6 +134,7 @@ fn resources(
         config,
         node_id,
         boot: BootId::random(),
+        secret,
         started: Instant::now(),
         registrar,
         carriers: Arc::new(carriers),
@@ -128,6 +142,15 @@ fn resources(
         ports,
         metrics,
     })
+}
+
+fn read_secret(security: &Security) -> Result<Option<Secret>, StartError> {
+    let path = &security.secret_file;
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let wrong = |wrong| StartError::Secret { path: path.clone(), wrong };
+    Secret::read(path).map(Some).map_err(wrong)
 }
 
 fn sample(registrar: &Registrar) -> RegistrarSample {

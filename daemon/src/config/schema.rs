@@ -209,6 +209,8 @@ section! {
 section! {
     /// Who may talk to the daemon.
     Security {
+        /// File with the secret that all daemons of the cluster share; empty = none.
+        secret_file: PathBuf = PathBuf::new(),
         /// Bind beyond loopback though peers are not authenticated.
         insecure: bool = false,
         /// Users that may attach; with `allow_gids` empty = the daemon's own and root.

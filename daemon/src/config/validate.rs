@@ -104,10 +104,12 @@ fn endpoint(config: &Config, check: &mut Check<'_>) {
         "endpoint.advertise_host",
         || format!("peers cannot reach {}: say which host they are to use", endpoint.bind_host),
     );
-    check.require(endpoint.bind_host.is_loopback() || config.security.insecure, "endpoint.bind_host", || {
+    let authenticated = config.security.insecure || !config.security.secret_file.as_os_str().is_empty();
+    check.require(endpoint.bind_host.is_loopback() || authenticated, "endpoint.bind_host", || {
         let host = endpoint.bind_host;
         format!(
-            "{host} is not loopback and peers are not authenticated; security.insecure = true accepts that"
+            "{host} is not loopback and peers are not authenticated: set security.secret_file, or accept it with \
+             security.insecure = true"
         )
     });
 }

@@ -178,6 +178,7 @@ impl Node {
             inbound.clone(),
             timing,
             config.endpoint.handshake_timeout(),
+            resources.secret.clone(),
             resources.metrics.clone(),
         );
         let events = Arc::new(EventQueue::default());
@@ -197,6 +198,7 @@ impl Node {
             own: session_id.clone(),
             memory: memory.clone(),
             allowed,
+            secret: resources.secret.clone(),
             timing,
             limit_slices: config.limits.slices as u64,
             carriers: resources.carriers.clone(),

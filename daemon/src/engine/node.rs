@@ -16,6 +16,7 @@ use crate::{
     memory::{EngineMemory, FdShelf, Registrar},
     peer::{Neighbours, Ports},
     policy::Drain,
+    session::secret::Secret,
     telemetry::Metrics,
     transport::{local::CopyPool, tcp::Carriers},
 };
@@ -29,6 +30,8 @@ pub struct Resources {
     pub node_id: String,
     /// This run.
     pub boot: BootId,
+    /// What the daemons of the cluster share, if anything.
+    pub secret: Option<Secret>,
     /// When it began.
     pub started: Instant,
     /// I7.

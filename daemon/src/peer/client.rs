@@ -19,6 +19,7 @@ use crate::{
     session::{
         identity::{self, Challenge, Open, PROTOCOL, Role, Transcript},
         outbound::Opened,
+        secret::Secret,
     },
 };
 
@@ -40,6 +41,8 @@ pub struct Dial<'a> {
     pub expected: Option<Incarnation>,
     /// Paths allowed, best first.
     pub allowed: &'a [PathKind],
+    /// What the target's daemon must know too, if anything.
+    pub secret: Option<&'a Secret>,
     /// For everything until the tables are here.
     pub timeout: Duration,
 }
@@ -156,20 +159,23 @@ async fn meet(
     let FromTarget::Challenge(challenge) = hear(from_target).await? else {
         return Err(out_of_turn("Challenge"));
     };
-    let (challenge, signature) = convert::challenge_in(challenge)?;
+    let (challenge, signature, proof) = convert::challenge_in(challenge)?;
     if PROTOCOL.agree(identity::ProtocolRange { min: challenge.protocol, max: challenge.protocol }).is_err() {
         let message = format!("the target chose protocol version {}", challenge.protocol);
         return Err(Failure::new(Reason::HandshakeFailed, message));
     }
     let transcript = Transcript::new(open, &challenge);
     transcript.verify(Role::Target, &challenge.incarnation, &signature)?;
+    dial.secret.map_or(Ok(()), |secret| secret.verify(Role::Target, &transcript, &proof))?;
     if let Some(expected) = dial.expected.filter(|expected| *expected != challenge.incarnation) {
         let message =
             format!("engine {} lives at {} now, not {expected}", challenge.incarnation, dial.target);
         return Err(Failure::new(Reason::PeerRestarted, message));
     }
     let signature = transcript.sign(Role::Initiator, dial.key).to_vec();
-    say(to_target, ToTarget::Confirm(wire::Confirm { signature })).await?;
+    let proof =
+        dial.secret.map_or_else(Vec::new, |secret| secret.prove(Role::Initiator, &transcript).to_vec());
+    say(to_target, ToTarget::Confirm(wire::Confirm { signature, proof })).await?;
     Ok(challenge)
 }
 

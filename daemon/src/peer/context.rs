@@ -7,7 +7,7 @@ use ed25519_dalek::SigningKey;
 use crate::{
     domain::{BootId, Failure, Incarnation, PathKind, Report, SessionId, TransferId},
     memory::EngineMemory,
-    session::outbound::State,
+    session::{outbound::State, secret::Secret},
     telemetry::Metrics,
     transport::{local::CopyPool, tcp::Carriers},
 };
@@ -50,6 +50,8 @@ pub struct Context {
     pub memory: Arc<EngineMemory>,
     /// Paths the engine and the daemon allow, best first.
     pub allowed: Vec<PathKind>,
+    /// What peers' daemons must know too, if anything.
+    pub secret: Option<Secret>,
     /// Beats.
     pub timing: Timing,
     /// Most slices of a transfer, after expansion of pages.

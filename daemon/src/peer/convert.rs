@@ -74,7 +74,7 @@ pub(super) fn open_in(open: wire::Open) -> Result<Open, BadField> {
     })
 }
 
-pub(super) fn challenge_out(challenge: &Challenge, signature: &[u8; 64]) -> wire::Challenge {
+pub(super) fn challenge_out(challenge: &Challenge, signature: &[u8; 64], proof: Vec<u8>) -> wire::Challenge {
     wire::Challenge {
         protocol: challenge.protocol,
         nonce: challenge.nonce.to_vec(),
@@ -83,11 +83,12 @@ pub(super) fn challenge_out(challenge: &Challenge, signature: &[u8; 64]) -> wire
         capabilities: challenge.capabilities.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         signature: signature.to_vec(),
+        proof,
     }
 }
 
-/// The challenge and its signature.
-pub(super) fn challenge_in(challenge: wire::Challenge) -> Result<(Challenge, Vec<u8>), BadField> {
+/// The challenge, its signature and its proof.
+pub(super) fn challenge_in(challenge: wire::Challenge) -> Result<(Challenge, Vec<u8>, Vec<u8>), BadField> {
     let domain = Challenge {
         protocol: challenge.protocol,
         nonce: bytes("challenge.nonce", &challenge.nonce)?,
@@ -95,7 +96,7 @@ pub(super) fn challenge_in(challenge: wire::Challenge) -> Result<(Challenge, Vec
         incarnation: Incarnation(bytes("challenge.incarnation", &challenge.incarnation)?),
         capabilities: capabilities(challenge.capabilities)?,
     };
-    Ok((domain, challenge.signature))
+    Ok((domain, challenge.signature, challenge.proof))
 }
 
 pub(super) fn table_out(view: &View, nonce: u64) -> wire::Table {

@@ -339,6 +339,7 @@ impl Driver {
                 own: &context.own,
                 expected,
                 allowed: &context.allowed,
+                secret: context.secret.as_ref(),
                 timeout: context.timing.silence,
             };
             let report = match super::client::connect(dial).await {

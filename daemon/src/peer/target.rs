@@ -24,6 +24,7 @@ use crate::{
     session::{
         identity::{self, Challenge, Open, PROTOCOL, Role, Transcript},
         inbound::{Inbound, InboundSession},
+        secret::Secret,
     },
     telemetry::Metrics,
     transport::tcp::Preface,
@@ -50,6 +51,8 @@ pub struct Target {
     pub timing: Timing,
     /// For a handshake.
     pub handshake: Duration,
+    /// What initiators' daemons must know too, if anything.
+    pub secret: Option<Secret>,
     /// Set once: sessions end with this, and no new one is taken.
     closing: watch::Sender<Option<Failure>>,
     metrics: Arc<Metrics>,
@@ -64,10 +67,11 @@ impl Target {
         inbound: Arc<Inbound>,
         timing: Timing,
         handshake: Duration,
+        secret: Option<Secret>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         let closing = watch::Sender::new(None);
-        Arc::new(Self { boot, key, capabilities, inbound, timing, handshake, closing, metrics })
+        Arc::new(Self { boot, key, capabilities, inbound, timing, handshake, secret, closing, metrics })
     }
 
     /// Ends all sessions with this failure; peers are told.
@@ -176,9 +180,13 @@ impl Conversation {
         };
         let transcript = Transcript::new(open, &challenge);
         let signature = transcript.sign(Role::Target, &self.target.key);
-        self.say(ToInitiator::Challenge(convert::challenge_out(&challenge, &signature))).await?;
+        let target = self.target.clone();
+        let secret = target.secret.as_ref();
+        let proof = secret.map_or_else(Vec::new, |secret| secret.prove(Role::Target, &transcript).to_vec());
+        self.say(ToInitiator::Challenge(convert::challenge_out(&challenge, &signature, proof))).await?;
         let FromInitiator::Confirm(confirm) = self.hear().await? else { return Err(out_of_turn("Confirm")) };
-        transcript.verify(Role::Initiator, &open.incarnation, &confirm.signature)
+        transcript.verify(Role::Initiator, &open.incarnation, &confirm.signature)?;
+        secret.map_or(Ok(()), |secret| secret.verify(Role::Initiator, &transcript, &confirm.proof))
     }
 
     /// Until the stream ends; returns why it did.

@@ -109,7 +109,7 @@ impl Transcript {
         key.verify(&self.message(role), &signature).map_err(|_| refused("signature is wrong"))
     }
 
-    fn message(&self, role: Role) -> [u8; 48] {
+    pub(super) fn message(&self, role: Role) -> [u8; 48] {
         let mut message = [0; 48];
         let label: &[u8; 16] = match role {
             Role::Initiator => b"kvferry initiate",
@@ -160,14 +160,14 @@ impl Fields {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn key(seed: u8) -> SigningKey {
         SigningKey::from_bytes(&[seed; 32])
     }
 
-    fn messages() -> (Open, Challenge) {
+    pub(in crate::session) fn messages() -> (Open, Challenge) {
         let open = Open {
             protocol: PROTOCOL,
             nonce: [1; 32],

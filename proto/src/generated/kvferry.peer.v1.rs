@@ -110,12 +110,18 @@ pub struct Challenge {
     /// Over "kvferry.peer.v1 target" and the hash of both messages, this field left empty.
     #[prost(bytes = "vec", tag = "7")]
     pub signature: ::prost::alloc::vec::Vec<u8>,
+    /// Knowledge of the cluster's secret: HMAC-SHA256 over what is signed. Empty where no secret is configured.
+    #[prost(bytes = "vec", tag = "8")]
+    pub proof: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Confirm {
     /// Over "kvferry.peer.v1 initiator" and the hash of Open and Challenge.
     #[prost(bytes = "vec", tag = "1")]
     pub signature: ::prost::alloc::vec::Vec<u8>,
+    /// As in Challenge.
+    #[prost(bytes = "vec", tag = "2")]
+    pub proof: ::prost::alloc::vec::Vec<u8>,
 }
 /// Sent after every session confirmed earlier by this incarnation to this endpoint was fenced.
 #[derive(Clone, PartialEq, ::prost::Message)]
