@@ -10,5 +10,5 @@ pub mod inbound;
 pub mod outbound;
 mod peer_table;
 
-pub use handle::{Command, Handle};
+pub use handle::{Command, Handle, Known};
 pub use peer_table::PeerTable;

@@ -6,14 +6,18 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     mem::take,
+    sync::Arc,
 };
 
 use super::rig::*;
 use crate::{
-    domain::{BootId, Failure, Incarnation, LaneId, Op, Outcome, PeerHalf, Reason, TransferId},
-    policy::RetryPolicy,
-    session::outbound::{Event, Opened},
-    transport::{LaneEvent, LaneKind, LaneRecord},
+    domain::{
+        AddressRange, BootId, Epoch, Failure, Incarnation, LaneId, Op, Outcome, PeerHalf, Reason, TransferId,
+    },
+    policy::{RetryPolicy, RevocationLimits, Revocations},
+    session::outbound::{Event, Opened, PlanFailure, PlanOrder},
+    transfer::run::Admitted,
+    transport::{LaneEvent, LaneKind, LaneRecord, PART_BYTES},
 };
 
 /// A lane as both ends see it.
@@ -41,6 +45,21 @@ pub(super) struct World {
     pub(super) incarnation: Incarnation,
     pub(super) lanes: BTreeMap<LaneId, Lane>,
     pub(super) submitted: Vec<(TransferId, Op, u64)>,
+    /// Calls that have arrived and wait for their turn.
+    inbox: Vec<Admitted>,
+    /// What the target has revoked; the next run of its daemon knows it, another engine does not.
+    revoked: Revocations,
+    /// The same of the engine that is not there now.
+    others: Revocations,
+    /// How far the initiator was told.
+    told: Epoch,
+    /// Admitted before a revocation that hits them.
+    doomed: HashSet<TransferId>,
+    /// Parts that the target refused for it.
+    pub(super) hits: usize,
+    /// What the own engine has revoked.
+    own: Revocations,
+    own_doomed: HashSet<TransferId>,
     pub(super) ended: HashMap<TransferId, (Outcome, PeerHalf)>,
     /// Parts in the memory of this incarnation.
     applied: HashMap<TransferId, (Incarnation, HashSet<u32>)>,
@@ -60,6 +79,14 @@ impl World {
             incarnation: ALICE,
             lanes: BTreeMap::new(),
             submitted: vec![],
+            inbox: vec![],
+            revoked: revocations(7, &[]),
+            others: revocations(7, &[]),
+            told: Epoch(0),
+            doomed: HashSet::new(),
+            hits: 0,
+            own: Revocations::new(RevocationLimits::ranges(1000)),
+            own_doomed: HashSet::new(),
             ended: HashMap::new(),
             applied: HashMap::new(),
             quiet: HashSet::new(),
@@ -67,13 +94,53 @@ impl World {
         }
     }
 
-    pub(super) fn submit(&mut self, read: bool, parts: u64, attempts: u32, deadline: u64) {
+    /// A call arrives. Its turn comes at once, or late.
+    pub(super) fn submit(&mut self, read: bool, parts: u64, attempts: u32, deadline: u64, late: bool) {
         let op = if read { Op::Read } else { Op::Write };
         let transfer = id(self.submitted.len() as u8 + 1);
         let retry = RetryPolicy { attempts, deadline: ms(deadline), ..policy().retry };
         self.submitted.push((transfer, op, parts));
         let admitted = admitted(transfer, op, parts, retry, self.rig.now);
+        let (known, own_epoch) = (self.rig.core.known(), self.own.epoch());
+        self.inbox.push(Admitted { known, own_epoch, ..admitted });
+        if !late {
+            self.take_call(self.inbox.len() - 1);
+        }
+    }
+
+    fn take_call(&mut self, at: usize) {
+        let admitted = self.inbox.remove(at);
         self.feed(Event::Submit(Box::new(admitted)));
+    }
+
+    /// The target gives the memory of one transfer to another request.
+    pub(super) fn revoke(&mut self, transfer: TransferId, parts: u64) {
+        self.revoked.revoke(vec![piece(transfer, parts)]);
+        // Whoever was never met, or is somebody else by now, has admitted nothing.
+        let here =
+            |known: Option<(Incarnation, Epoch)>| known.is_some_and(|(who, _)| who == self.incarnation);
+        let admitted = match self.inbox.iter().find(|call| call.id == transfer) {
+            Some(call) => here(call.known),
+            None => {
+                let run = self.rig.core.runs.get(&transfer);
+                run.is_some_and(|run| run.admit_epoch.is_some()) && here(self.rig.core.known())
+            }
+        };
+        if admitted {
+            self.doomed.insert(transfer);
+        }
+    }
+
+    /// The own engine gives the memory of one transfer to another request.
+    pub(super) fn revoke_here(&mut self, transfer: TransferId, parts: u64) {
+        let told = self.own.epoch();
+        self.own.revoke(vec![piece(transfer, parts)]);
+        self.own_doomed.insert(transfer);
+        let now = self.rig.now;
+        let alone = Revocations::restore(RevocationLimits::ranges(1), self.own.since(told, now), now);
+        self.feed(Event::RevokedHere(self.own.epoch().0, Arc::new(alone.expect("a good list"))));
+        let (_, hit) = self.rig.hit_here.pop().expect("an answer");
+        assert!(hit.iter().all(|hit| *hit == transfer), "only whoever is hit");
     }
 
     pub(super) fn feed(&mut self, event: Event) {
@@ -114,6 +181,7 @@ impl World {
             }
         }
         assert!(!self.ended.contains_key(&sent.transfer), "{sent:?} after its end");
+        assert!(!self.own_doomed.contains(&sent.transfer), "{sent:?} after its engine revoked it");
         let lane = self.lanes.get_mut(&sent.lane).expect("a lane that was opened");
         lane.parts.push(sent);
         assert_eq!(sent.sequence, lane.parts.len() as u64, "sequences follow each other");
@@ -144,9 +212,17 @@ impl World {
         while lane.live_there && lane.applied < until {
             let sent = lane.parts[lane.applied as usize];
             lane.applied += 1;
+            let address = slot(sent.transfer.0[0]) + u64::from(sent.part) * PART_BYTES;
+            if let Err(hit) = self.revoked.judge(sent.admitted, None, [(address, PART_BYTES)], self.rig.now) {
+                self.hits += 1;
+                lane.refused.push((lane.applied, Failure::from(hit)));
+                continue;
+            }
             let marked = lane.stopped.get(&sent.transfer).is_some_and(|through| sent.sequence <= *through);
             let local = lane.kind == LaneKind::Read && (lane.closed || self.quiet.contains(&sent.transfer));
             if !marked && !local {
+                let doomed = self.doomed.contains(&sent.transfer);
+                assert!(!doomed, "A8: {sent:?} reaches memory that was revoked");
                 let end = self.ended.get(&sent.transfer);
                 let settled =
                     end.is_some_and(|(_, half)| *half == PeerHalf::Confirmed || lane.kind == LaneKind::Read);
@@ -163,6 +239,11 @@ impl World {
             let from = lane.told + 1;
             let through = lane.applied;
             lane.told = through;
+            let refused: Vec<_> =
+                lane.refused.iter().filter(|(sequence, _)| *sequence >= from).cloned().collect();
+            for (sequence, failure) in refused {
+                self.feed(Event::Lane(id, LaneEvent::Refused { sequence, failure }));
+            }
             self.feed(Event::Lane(id, LaneEvent::Processed { from, through }));
         }
     }
@@ -197,6 +278,31 @@ impl World {
         }
     }
 
+    /// As the driver does it: held against what the own engine has revoked when it is taken.
+    fn plan(&self, order: &PlanOrder) -> Event {
+        let planned = self.rig.planned(order);
+        let transfer = order.order.transfer;
+        let Event::Planned(_, boot, Ok(payload)) = &planned else { return planned };
+        let Some(admitted) = self.rig.core.own_epoch(transfer) else { return planned };
+        let runs = payload.runs.iter().map(|run| (run.local, run.length));
+        match self.own.judge(admitted, None, runs, self.rig.now) {
+            Ok(()) => planned,
+            Err(hit) => {
+                let fault = PlanFailure { failure: hit.into(), wants_newer_table: false };
+                Event::Planned(transfer, *boot, Err(fault))
+            }
+        }
+    }
+
+    /// Another engine is there, with a past of its own.
+    pub(super) fn replace_engine(&mut self) {
+        self.incarnation = if self.incarnation == ALICE { BOB } else { ALICE };
+        self.peer_goes();
+        std::mem::swap(&mut self.revoked, &mut self.others);
+        // Whoever was not sent yet is admitted anew, by somebody else.
+        self.doomed.clear();
+    }
+
     /// The peer's process, or its engine, is gone, and with it what it could still do.
     pub(super) fn peer_goes(&mut self) {
         self.lanes.values_mut().for_each(|lane| lane.live_there = false);
@@ -204,7 +310,7 @@ impl World {
     }
 
     /// How many of each kind wait for an answer.
-    fn questions(&self) -> [usize; 8] {
+    fn questions(&self) -> [usize; 10] {
         let rig = &self.rig;
         [
             rig.plans.len(),
@@ -215,6 +321,8 @@ impl World {
             rig.stops.len(),
             rig.peer_stops.len(),
             rig.table_requests.len(),
+            self.inbox.len(),
+            usize::from(self.up && self.told < self.revoked.epoch()),
         ]
     }
 
@@ -226,7 +334,7 @@ impl World {
         match kind {
             0 => {
                 let order = self.rig.plans.remove(at);
-                let planned = self.rig.planned(&order);
+                let planned = self.plan(&order);
                 self.feed(planned);
             }
             1 => self.answer_connect(),
@@ -251,11 +359,21 @@ impl World {
                 }
                 self.feed(Event::Stopped(transfer));
             }
+            8 => self.take_call(at),
+            9 => self.tell_revocations(),
             _ => {
                 let nonce = self.rig.table_requests.remove(at);
                 self.feed(Event::Table(peer_table(2), nonce));
             }
         }
+    }
+
+    fn tell_revocations(&mut self) {
+        let news = self.revoked.since(self.told, self.rig.now);
+        self.told = news.epoch;
+        let limits = RevocationLimits::ranges(news.ranges.len());
+        let news = Revocations::restore(limits, news, self.rig.now).expect("a good list");
+        self.feed(Event::Revoked(Box::new(news)));
     }
 
     fn answer_connect(&mut self) {
@@ -272,7 +390,10 @@ impl World {
                 fenced.push((*id, lane.record()));
             }
         }
-        let opened = Opened { incarnation: self.incarnation, boot: self.boot, fenced, ..opened() };
+        self.told = self.revoked.epoch();
+        let revocations = self.revoked.clone();
+        let opened =
+            Opened { incarnation: self.incarnation, boot: self.boot, fenced, revocations, ..opened() };
         self.feed(Event::Opened(Box::new(opened)));
     }
 
@@ -325,14 +446,14 @@ impl World {
             self.feed(Event::Reset);
         }
         for _ in 0..3000 {
-            while self.questions() != [0; 8] {
+            while self.questions() != [0; 10] {
                 self.answer(0);
             }
             let lanes: Vec<LaneId> = self.lanes.keys().copied().collect();
             for lane in lanes {
                 self.apply(lane, 1000, true);
             }
-            if self.questions() != [0; 8] {
+            if self.questions() != [0; 10] {
                 continue;
             }
             if self.rig.core.next_wake().is_none() {
@@ -348,6 +469,11 @@ impl Lane {
     fn record(&self) -> LaneRecord {
         LaneRecord { processed: self.applied, refused: self.refused.clone() }
     }
+}
+
+/// The memory of a transfer, on both sides.
+fn piece(transfer: TransferId, parts: u64) -> AddressRange {
+    AddressRange::new(slot(transfer.0[0]), (parts * PART_BYTES).max(1)).expect("a piece")
 }
 
 pub(super) fn pick<T>(from: &[T], which: u8) -> Option<&T> {
