@@ -115,6 +115,15 @@ fn policy(policy: Option<wire::Policy>) -> Result<EnginePolicy, BadField> {
     })
 }
 
+/// A request's tag. Zeros say "none" between daemons.
+pub(super) fn tag(tag: &[u8]) -> Result<Tag, BadField> {
+    let tag = Tag(bytes("tag", tag)?);
+    match tag.0.iter().any(|&byte| byte != 0) {
+        true => Ok(tag),
+        false => Err(BadField::new("tag", "16 zeros are no tag")),
+    }
+}
+
 pub(super) fn transfer_id(field: &'static str, id: &[u8]) -> Result<TransferId, BadField> {
     bytes(field, id).map(TransferId)
 }
@@ -132,7 +141,7 @@ pub(super) fn order(request: wire::TransferRequest) -> Result<TransferOrder, Bad
     };
     let tag = match request.tag.as_slice() {
         [] => None,
-        tag => Some(Tag(bytes("tag", tag)?)),
+        bytes => Some(tag(bytes)?),
     };
     let mut policy = policy(request.policy)?;
     if request.deadline_ms > 0 {
@@ -309,6 +318,7 @@ mod tests {
         assert_eq!(field(|r| r.op = 7), "op");
         assert_eq!(field(|r| r.transfer_id.truncate(3)), "transfer_id");
         assert_eq!(field(|r| r.tag = vec![1; 17]), "tag");
+        assert_eq!(field(|r| r.tag = vec![0; 16]), "tag");
         assert_eq!(field(|r| r.session_id = "x".repeat(300)), "session_id");
         assert_eq!(
             field(|r| r.policy = Some(wire::Policy { attempts: Some(0), ..Default::default() })),

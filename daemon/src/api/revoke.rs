@@ -6,8 +6,7 @@ use kvferry_proto::{engine::v1 as wire, types::v1 as types};
 
 use super::{convert, regions};
 use crate::{
-    convert::bytes,
-    domain::{AddressRange, Failure, Reason, Tag},
+    domain::{AddressRange, Failure, Reason},
     engine::{Engine, Revocation},
 };
 
@@ -24,7 +23,7 @@ pub(super) async fn tag(
     request: wire::RevokeTagRequest,
     settle: Duration,
 ) -> wire::SettleReply {
-    let tag = bytes("tag", &request.tag).map(|tag| Revocation::Tag(Tag(tag)));
+    let tag = convert::tag(&request.tag).map(Revocation::Tag);
     answer(engine, tag.map_err(Failure::from), settle).await
 }
 
