@@ -90,6 +90,15 @@ fn revoke(engine: &Engine, pool: &Pool, range: std::ops::Range<u64>) -> Settleme
         .unwrap()
 }
 
+/// Waits until the daemon has received the engine's transfer: what arrives after a revocation is none of its.
+fn arrived(daemon: &Daemon, engine: &Engine) {
+    let node = daemon.node().unwrap();
+    eventually("the transfer has arrived", LIMIT, || {
+        let engines = node.engines().unwrap();
+        engines.iter().any(|each| each.session_id == engine.session_id() && each.transfers_active > 0)
+    });
+}
+
 fn megabytes(count: u64) -> Vec<Move> {
     Arrangement::Adjacent.moves(count, MIB)
 }
@@ -161,6 +170,7 @@ fn a8_what_was_queued_before_a_revocation_does_not_land_after_it() {
     it.proxy.refuse(true);
     it.proxy.cut_all(Cut::Reset);
     let queued = it.submit(it.request(Op::Write, &megabytes(8)));
+    arrived(it.scene.nodes.initiator(), &it.scene.initiator.engine);
     it.reuse(0..9 * MIB);
     it.proxy.refuse(false);
     let report = is_revoked(queued.wait());
@@ -256,16 +266,31 @@ fn a8_an_engine_revokes_what_it_has_under_way_itself() {
 /// Within a node copies are quick; sooner or later a revocation meets them in every state.
 #[test]
 fn a1_within_a_node_nothing_lands_after_the_answer() {
-    let mut scene = Scene::new(Path::Local, 64 * MIB).unwrap();
-    let moves = megabytes(60);
+    let mut scene = Scene::new(Path::Local, 96 * MIB).unwrap();
+    let session = scene.session().to_owned();
+    let moves = megabytes(90);
+    // Whoever has met the target admits under what it knew then.
+    scene.write_and_verify(&session, &moves[..1]);
+    let node = scene.nodes.initiator().node().unwrap();
     let mut hit = 0;
-    for round in 0..20u32 {
-        let pending = scene.initiator.engine.submit(scene.write_to(scene.session(), &moves)).unwrap();
-        std::thread::sleep(Duration::from_micros(u64::from(round) * 500));
+    for round in 0..12u32 {
+        let pending = scene.initiator.engine.submit(scene.write_to(&session, &moves)).unwrap();
+        let (told, over) = std::sync::mpsc::channel();
+        let waiter = std::thread::spawn(move || {
+            let report = pending.wait();
+            let _ = told.send(());
+            report
+        });
+        let own = scene.initiator.engine.session_id();
+        eventually("the transfer runs or has run", LIMIT, || {
+            let engines = node.engines().unwrap();
+            let active = |each: &wire::EngineInfo| each.session_id == own && each.transfers_active > 0;
+            engines.iter().any(active) || over.try_recv().is_ok()
+        });
         let target = &mut scene.target;
-        assert_eq!(revoke(&target.engine, &target.pool, 0..64 * MIB), Settlement::Settled);
-        target.pool.hand_over(0..64 * MIB, Stamp { owner: 4, transfer: round });
-        match pending.wait() {
+        assert_eq!(revoke(&target.engine, &target.pool, 0..96 * MIB), Settlement::Settled);
+        target.pool.hand_over(0..96 * MIB, Stamp { owner: 4, transfer: round });
+        match waiter.join().unwrap() {
             Ok(report) if report.failure.is_none() => {}
             report => {
                 is_revoked(report);
@@ -274,7 +299,7 @@ fn a1_within_a_node_nothing_lands_after_the_answer() {
         }
         scene.verify("after a revocation within a node");
     }
-    println!("{hit} of 20 were hit");
+    println!("{hit} of 12 were hit");
 }
 
 /// A slow link and much to come: the answer waits for none of it.
@@ -382,6 +407,7 @@ fn c4b_what_was_revoked_stays_revoked_over_a_restart_of_the_daemon() {
     proxy.refuse(true);
     proxy.cut_all(Cut::Reset);
     let queued = initiator.engine.submit(write(&phoenix.pool, &moves, None)).unwrap();
+    arrived(nodes.initiator(), &initiator.engine);
     let range = types::Range { base: phoenix.pool.address(), length: 4 * MIB };
     assert_eq!(phoenix.revoke(range), 1);
     assert_eq!(phoenix.revoke_tag(tag("seventeen")), 2);
