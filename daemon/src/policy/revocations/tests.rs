@@ -1,5 +1,7 @@
 //! The judgement against a model that remembers everything, and a table of what each state refuses.
 
+#![allow(clippy::disallowed_methods, reason = "a test begins somewhere")]
+
 use proptest::prelude::*;
 
 use super::*;

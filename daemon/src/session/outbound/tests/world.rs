@@ -6,19 +6,18 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     mem::take,
-    sync::Arc,
 };
 
 use super::rig::*;
 use crate::{
-    domain::{
-        AddressRange, BootId, Epoch, Failure, Incarnation, LaneId, Op, Outcome, PeerHalf, Reason, TransferId,
-    },
+    domain::{BootId, Epoch, Failure, Incarnation, LaneId, Op, Outcome, PeerHalf, Reason, TransferId},
     policy::{RetryPolicy, RevocationLimits, Revocations},
-    session::outbound::{Event, Opened, PlanFailure, PlanOrder},
+    session::outbound::{Event, Opened},
     transfer::run::Admitted,
     transport::{LaneEvent, LaneKind, LaneRecord, PART_BYTES},
 };
+
+mod revoking;
 
 /// A lane as both ends see it.
 pub(super) struct Lane {
@@ -111,36 +110,6 @@ impl World {
     fn take_call(&mut self, at: usize) {
         let admitted = self.inbox.remove(at);
         self.feed(Event::Submit(Box::new(admitted)));
-    }
-
-    /// The target gives the memory of one transfer to another request.
-    pub(super) fn revoke(&mut self, transfer: TransferId, parts: u64) {
-        self.revoked.revoke(vec![piece(transfer, parts)]);
-        // Whoever was never met, or is somebody else by now, has admitted nothing.
-        let here =
-            |known: Option<(Incarnation, Epoch)>| known.is_some_and(|(who, _)| who == self.incarnation);
-        let admitted = match self.inbox.iter().find(|call| call.id == transfer) {
-            Some(call) => here(call.known),
-            None => {
-                let run = self.rig.core.runs.get(&transfer);
-                run.is_some_and(|run| run.admit_epoch.is_some()) && here(self.rig.core.known())
-            }
-        };
-        if admitted {
-            self.doomed.insert(transfer);
-        }
-    }
-
-    /// The own engine gives the memory of one transfer to another request.
-    pub(super) fn revoke_here(&mut self, transfer: TransferId, parts: u64) {
-        let told = self.own.epoch();
-        self.own.revoke(vec![piece(transfer, parts)]);
-        self.own_doomed.insert(transfer);
-        let now = self.rig.now;
-        let alone = Revocations::restore(RevocationLimits::ranges(1), self.own.since(told, now), now);
-        self.feed(Event::RevokedHere(self.own.epoch().0, Arc::new(alone.expect("a good list"))));
-        let (_, hit) = self.rig.hit_here.pop().expect("an answer");
-        assert!(hit.iter().all(|hit| *hit == transfer), "only whoever is hit");
     }
 
     pub(super) fn feed(&mut self, event: Event) {
@@ -278,22 +247,6 @@ impl World {
         }
     }
 
-    /// As the driver does it: held against what the own engine has revoked when it is taken.
-    fn plan(&self, order: &PlanOrder) -> Event {
-        let planned = self.rig.planned(order);
-        let transfer = order.order.transfer;
-        let Event::Planned(_, boot, Ok(payload)) = &planned else { return planned };
-        let Some(admitted) = self.rig.core.own_epoch(transfer) else { return planned };
-        let runs = payload.runs.iter().map(|run| (run.local, run.length));
-        match self.own.judge(admitted, None, runs, self.rig.now) {
-            Ok(()) => planned,
-            Err(hit) => {
-                let fault = PlanFailure { failure: hit.into(), wants_newer_table: false };
-                Event::Planned(transfer, *boot, Err(fault))
-            }
-        }
-    }
-
     /// Another engine is there, with a past of its own.
     pub(super) fn replace_engine(&mut self) {
         self.incarnation = if self.incarnation == ALICE { BOB } else { ALICE };
@@ -366,14 +319,6 @@ impl World {
                 self.feed(Event::Table(peer_table(2), nonce));
             }
         }
-    }
-
-    fn tell_revocations(&mut self) {
-        let news = self.revoked.since(self.told, self.rig.now);
-        self.told = news.epoch;
-        let limits = RevocationLimits::ranges(news.ranges.len());
-        let news = Revocations::restore(limits, news, self.rig.now).expect("a good list");
-        self.feed(Event::Revoked(Box::new(news)));
     }
 
     fn answer_connect(&mut self) {
@@ -469,11 +414,6 @@ impl Lane {
     fn record(&self) -> LaneRecord {
         LaneRecord { processed: self.applied, refused: self.refused.clone() }
     }
-}
-
-/// The memory of a transfer, on both sides.
-fn piece(transfer: TransferId, parts: u64) -> AddressRange {
-    AddressRange::new(slot(transfer.0[0]), (parts * PART_BYTES).max(1)).expect("a piece")
 }
 
 pub(super) fn pick<T>(from: &[T], which: u8) -> Option<&T> {
