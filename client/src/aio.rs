@@ -5,7 +5,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
 use crate::{
-    EngineOptions, Error, Event, Limits, Memory, Probe, Region, Report, Settlement, Transfer, TransferId,
+    EngineOptions, Error, Event, Limits, Memory, Probe, Range, Region, Report, Settlement, Transfer,
+    TransferId,
     attachment::{Attaching, Attachment},
     caller::Caller,
     connection,
@@ -112,6 +113,22 @@ impl Engine {
     /// See there.
     pub async fn cancel(&self, id: TransferId) -> Result<Settlement, Error> {
         self.caller()?.cancel(id).await
+    }
+
+    /// As [`crate::Engine::revoke`].
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn revoke(&self, ranges: &[Range]) -> Result<Settlement, Error> {
+        self.caller()?.revoke(ranges).await
+    }
+
+    /// As [`crate::Engine::revoke_tag`].
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn revoke_tag(&self, tag: [u8; 16]) -> Result<Settlement, Error> {
+        self.caller()?.revoke_tag(tag).await
     }
 
     /// As [`crate::Engine::probe`].

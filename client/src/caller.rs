@@ -12,9 +12,12 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::engine::v1::{self as wire, engine_client::EngineClient};
+use kvferry_proto::{
+    engine::v1::{self as wire, engine_client::EngineClient},
+    types::v1 as types,
+};
 use tokio::time;
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use crate::{
     Error, Failure, Path, Region, Settlement, TransferId,
@@ -26,6 +29,7 @@ use crate::{
     lease::{Lease, Verdict},
     memory::Backing,
     pipe::Pipe,
+    revocations::{Noted, Range, Revocations},
     transfer::{IdMint, millis},
 };
 
@@ -39,6 +43,8 @@ pub(crate) struct Core {
     pub(crate) lease: Lease,
     pub(crate) ids: IdMint,
     pub(crate) cuts: Cuts,
+    /// What has to outlive the daemon.
+    pub(crate) revocations: Revocations,
     /// Names of descriptors handed over.
     handles: AtomicU64,
     /// Mappings of registered regions: their addresses must mean nothing else while the daemon uses them.
@@ -53,6 +59,7 @@ impl Core {
             lease,
             ids: IdMint::new()?,
             cuts: Cuts::default(),
+            revocations: Revocations::default(),
             handles: AtomicU64::new(1),
             held: Mutex::default(),
         })
@@ -210,6 +217,47 @@ impl Caller {
                 Verdict::Unproven => Settlement::Unsettled,
             }),
         }
+    }
+
+    pub(crate) async fn revoke(&self, ranges: &[Range]) -> Result<Settlement, Error> {
+        let noted = self.core.revocations.note(ranges);
+        let wire_range = |range: &Range| types::Range { base: range.address, length: range.length };
+        let message = wire::RevokeRequest { ranges: ranges.iter().map(wire_range).collect() };
+        let mut client = self.client.clone();
+        self.revoked("Revoke", &noted, client.revoke(self.request(message))).await
+    }
+
+    pub(crate) async fn revoke_tag(&self, tag: [u8; 16]) -> Result<Settlement, Error> {
+        let noted = self.core.revocations.note_tag(tag)?;
+        let message = wire::RevokeTagRequest { tag: tag.to_vec() };
+        let mut client = self.client.clone();
+        self.revoked("RevokeTag", &noted, client.revoke_tag(self.request(message))).await
+    }
+
+    /// Without an answer the revocation stays noted. A daemon that has exited touches nothing, and the next one is
+    /// told before anybody reaches it: that is settled.
+    async fn revoked(
+        &self,
+        call: &'static str,
+        noted: &Noted,
+        rpc: impl Future<Output = Result<Response<wire::SettleReply>, Status>>,
+    ) -> Result<Settlement, Error> {
+        let revocations = &self.core.revocations;
+        let answer = match self.ask(call, rpc).await {
+            Ok(reply) => {
+                let reply = reply.into_inner();
+                let epoch = reply.epoch;
+                settlement(reply).inspect(|_| revocations.answered(noted, epoch))
+            }
+            Err(NoReply::Answered(error)) => Err(error),
+            Err(NoReply::Lost(..)) => {
+                return Ok(match self.core.lease.verdict().await {
+                    Verdict::Exited => Settlement::Settled,
+                    Verdict::Unproven => Settlement::Unsettled,
+                });
+            }
+        };
+        answer.inspect_err(|_| revocations.refused(noted))
     }
 
     pub(crate) async fn probe(&self, session: &str, timeout: Duration) -> Result<Probe, Error> {

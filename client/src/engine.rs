@@ -7,7 +7,8 @@ use std::{
 };
 
 use crate::{
-    EngineOptions, Error, Event, Limits, Memory, Probe, Region, Report, Settlement, Transfer, TransferId,
+    EngineOptions, Error, Event, Limits, Memory, Probe, Range, Region, Report, Settlement, Transfer,
+    TransferId,
     attachment::{Attaching, Attachment, ReportReceiver},
     caller::Caller,
     fork::Owned,
@@ -138,6 +139,29 @@ impl Engine {
     /// [`Error::Refused`] for an id that the daemon does not know (any more).
     pub fn cancel(&self, id: TransferId) -> Result<Settlement, Error> {
         self.call(async |caller| caller.cancel(id).await)
+    }
+
+    /// Takes memory back from every transfer admitted so far, in both directions, a peer's and this engine's own.
+    /// Once this says [`Settlement::Settled`], nothing in flight or queued touches these ranges any more; transfers
+    /// that are submitted from then on may. Those that were hit end as FAILED with `Revoked`. The ranges need not be
+    /// registered.
+    ///
+    /// A peer whose daemon has never met this engine admits at the meeting: against a transfer that it had queued
+    /// before, only [`revoke_tag`](Self::revoke_tag) helps.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] names the range at fault by its index.
+    pub fn revoke(&self, ranges: &[Range]) -> Result<Settlement, Error> {
+        self.call(async |caller| caller.revoke(ranges).await)
+    }
+
+    /// Stops every transfer that carries the tag, and refuses it whenever it is submitted in the next 15 minutes.
+    /// Longer names than tags: [`tag`](crate::tag).
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with `Limit` when 65,536 tags are revoked already.
+    pub fn revoke_tag(&self, tag: [u8; 16]) -> Result<Settlement, Error> {
+        self.call(async |caller| caller.revoke_tag(tag).await)
     }
 
     /// Asks whether the engine at `session` can be reached, at once if its session has failed.

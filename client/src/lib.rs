@@ -36,6 +36,8 @@
 //!   and [`wait`](Engine::wait).
 //! - The destination of a transfer that is not DONE is undefined, and a retry may mix source contents of
 //!   different moments.
+//! - Pages are given away only after what may still come to them was revoked: [`Engine::revoke`] for ranges,
+//!   [`Engine::revoke_tag`] for all of a request. A peer that was never met is stopped by a tag alone.
 //! - [`Engine`] blocks, [`aio::Engine`] does not. Both keep one background thread, `kvferry-lease`.
 //! - Handles do not survive fork: a child gets [`Error::Forked`] and must attach for itself.
 //!
@@ -65,6 +67,7 @@ mod memory;
 mod node;
 mod options;
 mod pipe;
+mod revocations;
 mod submit;
 mod transfer;
 
@@ -78,4 +81,5 @@ pub use lease::Limits;
 pub use memory::{Memory, Region};
 pub use node::Node;
 pub use options::{EngineOptions, Policy};
+pub use revocations::{Range, tag};
 pub use transfer::{Lengths, Outcome, Report, Settlement, Slices, Transfer, TransferId};

@@ -29,13 +29,17 @@ pub struct RawEngine {
 impl RawEngine {
     /// Attaches with a fresh key.
     pub fn attach(socket: &Path) -> anyhow::Result<Self> {
-        // A worker of its own: the connection must be served also while no call is made.
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let mut key = vec![0; 32];
         getrandom::fill(&mut key).map_err(|error| anyhow::anyhow!("no randomness: {error}"))?;
+        Self::attach_as(socket, AttachRequest { key, name: "raw".to_owned(), ..AttachRequest::default() })
+    }
+
+    /// Attaches with this request.
+    pub fn attach_as(socket: &Path, request: AttachRequest) -> anyhow::Result<Self> {
+        // A worker of its own: the connection must be served also while no call is made.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (client, attached, events) = runtime.block_on(async {
             let mut client = connect(socket).await?;
-            let request = AttachRequest { key, name: "raw".to_owned(), ..AttachRequest::default() };
             let mut events = client.attach(request).await?.into_inner();
             let first = events.message().await?.and_then(|event| event.event);
             let Some(Event::Attached(attached)) = first else {

@@ -17,7 +17,7 @@ pub(super) async fn attach(
     request: wire::AttachRequest,
     caller: Caller,
 ) -> Result<Events, Status> {
-    let request = convert::attach(request)?;
+    let request = convert::attach(request).map_err(|failure| status(&failure))?;
     let lease = service.node.attach(request, caller).await.map_err(|failure| status(&failure))?;
     let first = Ok(attached(service, &lease));
     let rest = events(lease);

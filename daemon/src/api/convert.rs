@@ -8,17 +8,21 @@ use kvferry_proto::{engine::v1 as wire, types::v1 as types};
 use crate::{
     convert::{self, BadField, bytes},
     domain::{
-        Failure, Incarnation, LayoutId, Op, Outcome, PeerHalf, Reason, Report, SessionId, SliceBatch, Tag,
-        TransferId,
+        AddressRange, Epoch, Failure, Incarnation, LayoutId, Op, Outcome, PeerHalf, Reason, Report,
+        SessionId, SliceBatch, Tag, TransferId,
     },
     engine::{AttachRequest, EngineEvent, EnginePolicy, KnownPeer, TransferOrder},
     memory::{FdShelf, LayoutRequest, RegionRequest, Source},
+    policy::{RevocationList, TOMBSTONES, TagRevoked},
     session::outbound::State,
     transfer::{pages::PageBatch, run::Request},
 };
 
 /// Longest name, label or host an engine may give.
 const MAX_TEXT: usize = 256;
+
+/// Most revoked ranges that are taken at attach; the daemon may keep fewer (`limits.revocations`).
+const MAX_HANDED_OVER: usize = 65_536;
 
 /// Most labels and known peers.
 const MAX_ENTRIES: usize = 1024;
@@ -30,12 +34,12 @@ fn text(field: &'static str, text: String) -> Result<String, BadField> {
     }
 }
 
-pub(super) fn attach(request: wire::AttachRequest) -> Result<AttachRequest, BadField> {
+pub(super) fn attach(request: wire::AttachRequest) -> Result<AttachRequest, Failure> {
     let key = SigningKey::from_bytes(&bytes("key", &request.key)?);
     if request.labels.len() > MAX_ENTRIES || request.known_peers.len() > MAX_ENTRIES {
-        return Err(BadField::new("labels, known_peers", format!("more than {MAX_ENTRIES} entries")));
+        return Err(BadField::new("labels, known_peers", format!("more than {MAX_ENTRIES} entries")).into());
     }
-    let labels: Result<_, _> = request
+    let labels: Result<_, BadField> = request
         .labels
         .into_iter()
         .map(|(name, value)| Ok((text("labels", name)?, text("labels", value)?)))
@@ -55,6 +59,37 @@ pub(super) fn attach(request: wire::AttachRequest) -> Result<AttachRequest, BadF
         preferred_port: (preferred_port != 0).then_some(preferred_port),
         transports: transports.ok_or_else(|| BadField::new("transports", "an unknown path"))?,
         known_peers: known_peers?,
+        revocations: revocations(request.revocations.unwrap_or_default())?,
+    })
+}
+
+/// A range of this field's list. The failure names it by its index.
+pub(super) fn range(field: &str, index: usize, range: types::Range) -> Result<AddressRange, Failure> {
+    AddressRange::new(range.base, range.length).map_err(|failure| {
+        Failure::new(failure.reason, format!("{field}[{index}]: {}", failure.message)).at(index as u64)
+    })
+}
+
+/// What an engine hands over when it attaches again. Tombstones have no epochs of their own there: the newest.
+fn revocations(told: wire::Revocations) -> Result<RevocationList, Failure> {
+    if told.ranges.len() > MAX_HANDED_OVER || told.tombstones.len() > TOMBSTONES {
+        let message = format!("revocations: more than {MAX_HANDED_OVER} ranges or {TOMBSTONES} tombstones");
+        return Err(Failure::new(Reason::Limit, message));
+    }
+    let epoch = Epoch(told.epoch);
+    let revoked = |(at, revocation): (usize, wire::Revocation)| {
+        let range = range("revocations.ranges", at, revocation.range.unwrap_or_default())?;
+        Ok((Epoch(revocation.epoch), range))
+    };
+    let tombstone = |tombstone: wire::Tombstone| {
+        let tag = Tag(bytes("revocations.tombstones.tag", &tombstone.tag)?);
+        Ok(TagRevoked { tag, epoch, age: Duration::from_millis(tombstone.age_ms) })
+    };
+    Ok(RevocationList {
+        epoch,
+        floor: Epoch(told.floor),
+        ranges: told.ranges.into_iter().enumerate().map(revoked).collect::<Result<_, Failure>>()?,
+        tags: told.tombstones.into_iter().map(tombstone).collect::<Result<_, BadField>>()?,
     })
 }
 
@@ -80,6 +115,15 @@ fn policy(policy: Option<wire::Policy>) -> Result<EnginePolicy, BadField> {
     })
 }
 
+/// A request's tag. Zeros say "none" between daemons.
+pub(super) fn tag(tag: &[u8]) -> Result<Tag, BadField> {
+    let tag = Tag(bytes("tag", tag)?);
+    match tag.0.iter().any(|&byte| byte != 0) {
+        true => Ok(tag),
+        false => Err(BadField::new("tag", "16 zeros are no tag")),
+    }
+}
+
 pub(super) fn transfer_id(field: &'static str, id: &[u8]) -> Result<TransferId, BadField> {
     bytes(field, id).map(TransferId)
 }
@@ -97,7 +141,7 @@ pub(super) fn order(request: wire::TransferRequest) -> Result<TransferOrder, Bad
     };
     let tag = match request.tag.as_slice() {
         [] => None,
-        tag => Some(Tag(bytes("tag", tag)?)),
+        bytes => Some(tag(bytes)?),
     };
     let mut policy = policy(request.policy)?;
     if request.deadline_ms > 0 {
@@ -274,6 +318,7 @@ mod tests {
         assert_eq!(field(|r| r.op = 7), "op");
         assert_eq!(field(|r| r.transfer_id.truncate(3)), "transfer_id");
         assert_eq!(field(|r| r.tag = vec![1; 17]), "tag");
+        assert_eq!(field(|r| r.tag = vec![0; 16]), "tag");
         assert_eq!(field(|r| r.session_id = "x".repeat(300)), "session_id");
         assert_eq!(
             field(|r| r.policy = Some(wire::Policy { attempts: Some(0), ..Default::default() })),
@@ -292,9 +337,25 @@ mod tests {
     fn an_attach_request_is_checked_field_by_field() {
         let good = wire::AttachRequest { key: vec![1; 32], name: "prefill".into(), ..Default::default() };
         assert_eq!(attach(good.clone()).expect("well-formed").name, "prefill");
-        let field = |request: wire::AttachRequest| attach(request).expect_err("malformed").field;
-        assert_eq!(field(wire::AttachRequest { key: vec![1; 31], ..good.clone() }), "key");
-        assert_eq!(field(wire::AttachRequest { preferred_port: 70_000, ..good.clone() }), "preferred_port");
-        assert_eq!(field(wire::AttachRequest { transports: vec![99], ..good }), "transports");
+        let refusal = |request: wire::AttachRequest| attach(request).expect_err("malformed");
+        let names = |request, field: &str| {
+            let failure = refusal(request);
+            assert_eq!(failure.reason, Reason::BadArgument);
+            assert!(failure.message.starts_with(&format!("{field}: ")), "{failure}");
+        };
+        names(wire::AttachRequest { key: vec![1; 31], ..good.clone() }, "key");
+        names(wire::AttachRequest { preferred_port: 70_000, ..good.clone() }, "preferred_port");
+        names(wire::AttachRequest { transports: vec![99], ..good.clone() }, "transports");
+
+        let handing = |revocations| wire::AttachRequest { revocations: Some(revocations), ..good.clone() };
+        let tombstones = vec![wire::Tombstone { tag: vec![1; 15], age_ms: 1 }];
+        let bad_tag = handing(wire::Revocations { tombstones, ..Default::default() });
+        names(bad_tag, "revocations.tombstones.tag");
+        let wrapping = wire::Revocation { epoch: 1, range: Some(types::Range { base: u64::MAX, length: 1 }) };
+        let failure = refusal(handing(wire::Revocations { ranges: vec![wrapping], ..Default::default() }));
+        assert_eq!((failure.reason, failure.index), (Reason::OutOfBounds, Some(0)));
+        let many = vec![wire::Tombstone { tag: vec![1; 16], age_ms: 1 }; TOMBSTONES + 1];
+        let failure = refusal(handing(wire::Revocations { tombstones: many, ..Default::default() }));
+        assert_eq!(failure.reason, Reason::Limit);
     }
 }

@@ -5,6 +5,7 @@ mod convert;
 pub mod fd_socket;
 mod refusal;
 mod regions;
+mod revoke;
 mod service;
 pub mod socket;
 mod status;

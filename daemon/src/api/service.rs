@@ -6,7 +6,7 @@ use kvferry_proto::{TOKEN_METADATA, engine::v1 as wire, engine::v1::engine_serve
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming, transport::server::UdsConnectInfo};
 
-use super::{attach, convert, refusal::status, regions, status as tables, transfers};
+use super::{attach, convert, refusal::status, regions, revoke, status as tables, transfers};
 use crate::{
     domain::{BootId, Failure, Outcome, Reason},
     engine::{Caller, Engine, Node},
@@ -116,14 +116,16 @@ impl EngineApi for EngineService {
         Ok(Response::new(regions::settled(settled)))
     }
 
-    async fn revoke(&self, _: Request<wire::RevokeRequest>) -> Reply<wire::SettleReply> {
-        Err(Status::unimplemented(
-            "Revoke is not served yet: unregister the regions, or cancel the transfers",
-        ))
+    async fn revoke(&self, request: Request<wire::RevokeRequest>) -> Reply<wire::SettleReply> {
+        let engine = self.engine(&request)?;
+        let settle = self.node.resources.config.fence.settle();
+        Ok(Response::new(revoke::ranges(&engine, request.into_inner(), settle).await))
     }
 
-    async fn revoke_tag(&self, _: Request<wire::RevokeTagRequest>) -> Reply<wire::SettleReply> {
-        Err(Status::unimplemented("RevokeTag is not served yet: cancel the transfers"))
+    async fn revoke_tag(&self, request: Request<wire::RevokeTagRequest>) -> Reply<wire::SettleReply> {
+        let engine = self.engine(&request)?;
+        let settle = self.node.resources.config.fence.settle();
+        Ok(Response::new(revoke::tag(&engine, request.into_inner(), settle).await))
     }
 
     async fn probe(&self, request: Request<wire::ProbeRequest>) -> Reply<wire::ProbeReply> {

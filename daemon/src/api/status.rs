@@ -37,7 +37,7 @@ pub(super) fn engine(engine: &Engine) -> wire::EngineInfo {
         regions,
         region_bytes,
         transfers_active: engine.log.active() as u64,
-        epoch: 0,
+        epoch: engine.memory.revocations().epoch().0,
     }
 }
 

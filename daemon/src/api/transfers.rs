@@ -9,8 +9,8 @@ use tonic::{Status, Streaming};
 
 use super::{convert, refusal::status};
 use crate::{
-    domain::{Failure, Outcome, PeerHalf, Reason, Report, TransferId},
-    engine::{Engine, Node, TransferOrder},
+    domain::{Failure, Outcome, PeerHalf, Reason, Report, SessionId, TransferId},
+    engine::{Arrival, Engine, Node, TransferOrder},
     transfer::{log::Verdict, run::Request},
 };
 
@@ -30,11 +30,13 @@ pub(super) async fn transfer(
         let failure = Failure::new(Reason::BadArgument, "more: chunks are taken on TransferStream only");
         return Err(status(&failure));
     }
-    Ok(convert::report(&run(node, engine, convert::order(request)?).await))
+    let order = convert::order(request)?;
+    let arrival = engine.arrival(&order.session);
+    Ok(convert::report(&run(node, engine, order, arrival).await))
 }
 
 /// Runs or joins the transfer, and waits for its end or for UNSETTLED.
-async fn run(node: &Node, engine: &Arc<Engine>, order: TransferOrder) -> Report {
+async fn run(node: &Node, engine: &Arc<Engine>, order: TransferOrder, arrival: Arrival) -> Report {
     let id = order.id;
     // What is known before the transfer begins: how much was asked for.
     let asked = match &order.request {
@@ -44,7 +46,7 @@ async fn run(node: &Node, engine: &Arc<Engine>, order: TransferOrder) -> Report 
         _ => (0, 0),
     };
     let waiting = Waiting { engine, id: Some(id) };
-    let result = match engine.transfer(node, order).await {
+    let result = match engine.transfer(node, order, arrival).await {
         Ok(verdict) => ended(verdict, None).await,
         Err(failure) => Err(failure),
     };
@@ -113,7 +115,8 @@ struct Calls {
     node: Arc<Node>,
     engine: Arc<Engine>,
     replies: mpsc::Sender<Result<wire::TransferReply, Status>>,
-    incomplete: HashMap<Vec<u8>, wire::TransferRequest>,
+    /// With what was known when the first chunk came.
+    incomplete: HashMap<Vec<u8>, (Arrival, wire::TransferRequest)>,
     running: JoinSet<()>,
 }
 
@@ -141,9 +144,9 @@ impl Calls {
     }
 
     fn take(&mut self, request: wire::TransferRequest) -> Result<(), Status> {
-        let whole = match self.incomplete.remove(&request.transfer_id) {
-            Some(begun) => join(begun, request),
-            None => request,
+        let (arrival, whole) = match self.incomplete.remove(&request.transfer_id) {
+            Some((arrival, begun)) => (arrival, join(begun, request)),
+            None => (self.engine.arrival(&SessionId::new(request.session_id.as_str())), request),
         };
         self.check_size(&whole)?;
         if whole.more {
@@ -151,13 +154,13 @@ impl Calls {
                 let message = format!("{MAX_INCOMPLETE} transfers of this stream are incomplete");
                 return Err(status(&Failure::new(Reason::Limit, message)));
             }
-            self.incomplete.insert(whole.transfer_id.clone(), whole);
+            self.incomplete.insert(whole.transfer_id.clone(), (arrival, whole));
             return Ok(());
         }
         let order = convert::order(whole)?;
         let (node, engine, replies) = (self.node.clone(), self.engine.clone(), self.replies.clone());
         self.running.spawn(async move {
-            let report = run(&node, &engine, order).await;
+            let report = run(&node, &engine, order, arrival).await;
             let _ = replies.send(Ok(convert::report(&report))).await;
         });
         Ok(())

@@ -203,6 +203,8 @@ section! {
         sessions: usize = 1024,
         /// Descriptors handed over by one engine and not released.
         fds: usize = 4096,
+        /// Revoked ranges that one endpoint remembers.
+        revocations: usize = 4096,
     }
 }
 

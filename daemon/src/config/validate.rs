@@ -74,6 +74,8 @@ fn ranges(config: &Config, check: &mut Check<'_>) {
         ("limits.message_bytes", limits.message_bytes as u64, 1 << 20, 1 << 30),
         ("limits.sessions", limits.sessions as u64, 1, 65_536),
         ("limits.fds", limits.fds as u64, 1, 65_536),
+        // What is told to every peer when a session opens, so it must fit into one message.
+        ("limits.revocations", limits.revocations as u64, 1, 65_536),
         ("drain.timeout_ms", drain.timeout_ms, 0, MAX_MS),
         ("control.threads", control.threads as u64, 1, 256),
     ];

@@ -5,10 +5,12 @@
 
 mod batch;
 mod ids;
+mod range;
 mod reason;
 
 pub use batch::{BatchError, Op, Outcome, PathKind, PeerHalf, Report, SliceBatch, Timings};
 pub use ids::{
     BootId, EngineId, Epoch, Generation, Incarnation, LaneId, LayoutId, RegionId, SessionId, Tag, TransferId,
 };
+pub use range::AddressRange;
 pub use reason::{Class, Failure, Reason};

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, atomic::AtomicU64},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ed25519_dalek::SigningKey;
@@ -23,13 +23,16 @@ use super::{Engine, EventQueue, Node, outcomes::Teller};
 use crate::{
     config::ProcessMode,
     domain::{Failure, Incarnation, PathKind, Reason, SessionId},
-    memory::{EngineMemory, FdShelf, PROBE_BASE, PROBE_BYTES, ProcessMemory, Quota, RegionRequest, Source},
+    memory::{
+        EngineMemory, FdShelf, PROBE_BASE, PROBE_BYTES, ProcessMemory, Quota, RegionRequest, RevocationBook,
+        Source,
+    },
     peer::{
         Context, Timing,
         endpoint::{Admission, Endpoint},
         target::Target,
     },
-    policy::{HealthPolicy, RetryPolicy},
+    policy::{HealthPolicy, RetryPolicy, RevocationLimits, RevocationList, Revocations},
     session::{identity, inbound::Inbound, outbound},
     transfer::log::{LogLimits, TransferLog},
 };
@@ -106,6 +109,8 @@ pub struct AttachRequest {
     pub transports: Vec<PathKind>,
     /// Whom it has met.
     pub known_peers: Vec<KnownPeer>,
+    /// What its endpoint had revoked under an earlier run of the daemon.
+    pub revocations: RevocationList,
 }
 
 /// An engine's hold on the daemon. Dropped, the engine is detached.
@@ -159,7 +164,8 @@ impl Node {
     async fn build(self: &Arc<Self>, request: AttachRequest, caller: Caller) -> Result<Arc<Engine>, Failure> {
         let resources = &self.resources;
         let config = &resources.config;
-        let memory = self.memory_for(caller);
+        // Before the endpoint listens: no peer meets it without its past.
+        let memory = self.memory_for(caller, request.revocations)?;
         register_probe_region(&memory).await?;
         let listener = resources.ports.listen(request.preferred_port)?;
         let port = listener
@@ -245,12 +251,16 @@ impl Node {
         }))
     }
 
-    fn memory_for(&self, caller: Caller) -> Arc<EngineMemory> {
+    fn memory_for(&self, caller: Caller, revoked: RevocationList) -> Result<Arc<EngineMemory>, Failure> {
         let limits = &self.resources.config.limits;
         let process = caller.pid.and_then(Pid::from_raw).and_then(|pid| self.open_process(pid));
         let quota =
             Quota { regions: limits.regions + 1, bytes: limits.region_bytes, layouts: limits.regions };
-        EngineMemory::new(self.resources.registrar.clone(), quota, process.map(Arc::new))
+        let kept = RevocationLimits::ranges(limits.revocations);
+        let revocations = Revocations::restore(kept, revoked, Instant::now())?;
+        let book = RevocationBook::new(revocations, self.resources.metrics.revoked_parts.clone());
+        let registrar = self.resources.registrar.clone();
+        Ok(EngineMemory::with_revocations(registrar, quota, process.map(Arc::new), book))
     }
 
     /// Without access to the process its private memory cannot be registered; everything else can.

@@ -5,11 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Engine, EnginePolicy, Node};
+use super::{Arrival, Engine, EnginePolicy, Node};
 use crate::{
     domain::{EngineId, Failure, Op, PathKind, Reason, SessionId, Tag, TransferId},
     peer,
-    policy::RetryPolicy,
+    policy::{Hit, RetryPolicy},
     session::{
         Command, Handle,
         outbound::{Outbound, Summary},
@@ -62,7 +62,12 @@ pub struct SessionView {
 
 impl Engine {
     /// Begins the transfer, or joins it if its id is known. Local faults are told before anything is opened.
-    pub async fn transfer(&self, node: &Node, order: TransferOrder) -> Result<Verdict, Failure> {
+    pub async fn transfer(
+        &self,
+        node: &Node,
+        order: TransferOrder,
+        arrival: Arrival,
+    ) -> Result<Verdict, Failure> {
         if let Some(known) = self.log.find(order.id) {
             return Ok(known);
         }
@@ -72,6 +77,9 @@ impl Engine {
                 Reason::UnknownSession,
                 format!("session_id {:?} is not host:port", order.session.as_str()),
             ));
+        }
+        if order.tag.is_some_and(|tag| self.memory.revocations().refuses(tag)) {
+            return Err(Hit::Tag.into());
         }
         self.check_locally(&order)?;
         let received = Instant::now();
@@ -90,6 +98,8 @@ impl Engine {
             tag: order.tag,
             policy: order.policy.retry(self.retry),
             received,
+            known: arrival.known,
+            own_epoch: arrival.own_epoch,
         })));
         Ok(verdict)
     }

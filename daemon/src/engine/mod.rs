@@ -8,6 +8,7 @@ mod calls;
 mod events;
 mod node;
 mod outcomes;
+mod revoke;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,6 +24,7 @@ pub use attach::{AttachRequest, Caller, EnginePolicy, KnownPeer, Lease};
 pub use calls::{ProbeResult, SessionView, TransferOrder};
 pub use events::{EngineEvent, EventQueue};
 pub use node::{Node, Resources};
+pub use revoke::{Arrival, Revocation, Revoked};
 
 use crate::{
     domain::{EngineId, Failure, Incarnation, SessionId},

@@ -15,7 +15,8 @@ mod registrar;
 pub(crate) mod testing;
 
 pub use engine::{
-    EngineMemory, LayoutRequest, PendingRelease, Quota, RegionRequest, Source, Unregister, View,
+    EngineMemory, LayoutRequest, PendingRelease, Quota, Raised, RegionRequest, RevocationBook, Source,
+    Unregister, View,
 };
 pub use fds::FdShelf;
 pub use gate::{Gate, Inside, Seat, Version};

@@ -14,7 +14,7 @@ use tonic::{Streaming, transport::Endpoint};
 
 use super::convert;
 use crate::{
-    domain::{BootId, Epoch, Failure, Incarnation, PathKind, Reason, SessionId},
+    domain::{BootId, Failure, Incarnation, PathKind, Reason, SessionId},
     policy::{RouteQuery, route},
     session::{
         identity::{self, Challenge, Open, PROTOCOL, Role, Transcript},
@@ -126,7 +126,7 @@ async fn shake_hands(dial: Dial<'_>) -> Result<Connection, Failure> {
         incarnation: challenge.incarnation,
         boot: challenge.boot,
         path,
-        epoch: Epoch(accept.revocations.map_or(0, |revocations| revocations.epoch)),
+        revocations: convert::revocations_in(accept.revocations.unwrap_or_default())?,
         table: convert::table_in(welcome.table.unwrap_or_default())?,
         fenced: accept.fenced.into_iter().map(convert::fenced_in).collect(),
     };

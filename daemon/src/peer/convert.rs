@@ -1,11 +1,17 @@
 //! `kvferry.peer.v1` to domain types and back. A message that cannot be converted ends the session.
 
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
 use kvferry_proto::{peer::v1 as wire, types::v1 as types};
 
 use crate::{
     convert::{self, BadField, bytes},
-    domain::{BootId, Failure, Incarnation, LaneId, Reason},
+    domain::{AddressRange, BootId, Epoch, Failure, Incarnation, LaneId, Reason, Tag},
     memory::{RegionTable, View},
+    policy::{RevocationLimits, RevocationList, Revocations, TagRevoked},
     session::{
         PeerTable,
         identity::{Challenge, Open, ProtocolRange},
@@ -121,6 +127,48 @@ pub(super) fn table_in(table: wire::Table) -> Result<PeerTable, BadField> {
     })
 }
 
+/// One message for each epoch of ranges, one for each tag.
+pub(super) fn revoked_out(list: RevocationList) -> Vec<wire::Revoked> {
+    let mut by_epoch: BTreeMap<Epoch, wire::Revoked> = BTreeMap::new();
+    for (epoch, range) in list.ranges {
+        let revoked = by_epoch
+            .entry(epoch)
+            .or_insert_with(|| wire::Revoked { epoch: epoch.0, ..wire::Revoked::default() });
+        revoked.ranges.push(types::Range { base: range.base(), length: range.length() });
+    }
+    let tag = |revoked: TagRevoked| wire::Revoked {
+        epoch: revoked.epoch.0,
+        tag: revoked.tag.0.to_vec(),
+        ..wire::Revoked::default()
+    };
+    let mut all: Vec<wire::Revoked> = by_epoch.into_values().chain(list.tags.into_iter().map(tag)).collect();
+    all.sort_by_key(|revoked| revoked.epoch);
+    all
+}
+
+pub(super) fn revocations_out(list: RevocationList) -> wire::Revocations {
+    wire::Revocations { epoch: list.epoch.0, floor: list.floor.0, recent: revoked_out(list) }
+}
+
+/// A target's list, to be held against what goes there. How old its tombstones are does not matter for that.
+pub(super) fn revocations_in(told: wire::Revocations) -> Result<Revocations, Failure> {
+    let mut list =
+        RevocationList { epoch: Epoch(told.epoch), floor: Epoch(told.floor), ..Default::default() };
+    for revoked in told.recent {
+        let epoch = Epoch(revoked.epoch);
+        for range in revoked.ranges {
+            list.ranges.push((epoch, AddressRange::new(range.base, range.length)?));
+        }
+        if !revoked.tag.is_empty() {
+            let tag = Tag(bytes("revoked.tag", &revoked.tag)?);
+            list.tags.push(TagRevoked { tag, epoch, age: Duration::ZERO });
+        }
+    }
+    // As long as the message: what it names is acted on and not kept.
+    let limits = RevocationLimits::ranges(list.ranges.len());
+    Revocations::restore(limits, list, Instant::now())
+}
+
 pub(super) fn fenced_out(lane: LaneId, record: &LaneRecord) -> wire::LaneFenced {
     let refused = record
         .refused
@@ -180,6 +228,43 @@ mod tests {
         prost::encoding::string::encode(900, &"from the future".to_owned(), &mut bytes);
         let newer = wire::Open::decode(&bytes[..]).expect("decodes");
         assert_eq!(open_in(newer), Ok(open()));
+    }
+
+    #[test]
+    fn revocations_survive_the_wire() {
+        let now = Instant::now();
+        let range = |base| AddressRange::new(base, 10).expect("a range");
+        let mut own = Revocations::new(RevocationLimits::ranges(3));
+        own.revoke(vec![range(0)]);
+        own.revoke(vec![range(100), range(200)]);
+        own.revoke_tag(Tag([5; 16]), now).expect("room");
+        own.revoke(vec![range(300)]);
+        let heard = revocations_in(revocations_out(own.since(Epoch(0), now))).expect("a good list");
+        assert_eq!((heard.epoch(), heard.floor()), (Epoch(4), Epoch(1)));
+        for admitted in 0..5 {
+            for tag in [None, Some(Tag([5; 16])), Some(Tag([6; 16]))] {
+                for run in [(0, 1), (105, 1), (205, 9), (305, 1), (400, 1)] {
+                    let judge = |by: &Revocations| by.judge(Epoch(admitted), tag, [run], now);
+                    assert_eq!(judge(&heard), judge(&own), "{admitted} {tag:?} {run:?}");
+                }
+            }
+        }
+        let epochs: Vec<u64> =
+            revoked_out(own.since(Epoch(1), now)).iter().map(|revoked| revoked.epoch).collect();
+        assert_eq!(epochs, [2, 3, 4], "told one by one, and in order");
+    }
+
+    #[test]
+    fn a_malformed_revocation_is_refused() {
+        let revoked = |base, length, tag: &[u8]| {
+            let ranges = vec![types::Range { base, length }];
+            let recent = vec![wire::Revoked { epoch: 1, ranges, tag: tag.to_vec() }];
+            revocations_in(wire::Revocations { epoch: 1, floor: 0, recent }).map_err(|failure| failure.reason)
+        };
+        assert!(revoked(0, 1, &[]).is_ok());
+        assert_eq!(revoked(0, 0, &[]).err(), Some(Reason::BadArgument));
+        assert_eq!(revoked(u64::MAX, 2, &[]).err(), Some(Reason::OutOfBounds));
+        assert_eq!(revoked(0, 1, &[1; 15]).err(), Some(Reason::BadArgument));
     }
 
     #[test]

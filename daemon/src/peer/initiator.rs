@@ -14,7 +14,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
 };
 
@@ -26,11 +26,12 @@ use super::{
     link::{Incoming, Link, LinkNumber},
     planning::make_plan,
     report::announce,
+    revokes::{Revokes, judge_plan},
 };
 use crate::{
     domain::{Failure, LaneId, PathKind, Reason, SessionId, TransferId},
     session::{
-        Command, Handle,
+        Command, Handle, Known,
         outbound::{Action, Event, Outbound, PlanFailure, PlanOrder, State},
     },
     transfer::run::Request,
@@ -74,7 +75,8 @@ impl LaneSink for LaneEvents {
 
 /// Starts a session's task. It runs until it was shut down.
 pub fn start(context: Arc<Context>, target: SessionId, core: Outbound, tasks: &mut JoinSet<()>) -> Handle {
-    let (handle, commands) = Handle::new(target.clone());
+    let (known, knows) = watch::channel(None);
+    let (handle, commands) = Handle::new(target.clone(), knows);
     let (feedback, reports) = mpsc::channel(FEEDBACK);
     let (events, lane_events) = mpsc::unbounded_channel();
     let driver = Driver {
@@ -88,7 +90,9 @@ pub fn start(context: Arc<Context>, target: SessionId, core: Outbound, tasks: &m
         lanes: HashMap::new(),
         awaiting_grant: HashMap::new(),
         probes: HashMap::new(),
-        next_probe: 0,
+        next_ticket: 0,
+        revokes: Revokes::default(),
+        known,
         over: Vec::new(),
         idle: handle.idle(),
         dice: Dice::new(),
@@ -116,7 +120,9 @@ struct Driver {
     lanes: HashMap<LaneId, OpenLane>,
     awaiting_grant: HashMap<LaneId, LaneKind>,
     probes: HashMap<u64, oneshot::Sender<Result<(), Failure>>>,
-    next_probe: u64,
+    next_ticket: u64,
+    revokes: Revokes,
+    known: watch::Sender<Option<Known>>,
     over: Vec<oneshot::Sender<()>>,
     idle: Arc<AtomicBool>,
     dice: Dice,
@@ -183,9 +189,14 @@ impl Driver {
                 let _ = answer.send(self.core.summary());
             }
             Command::Probe(answer) => {
-                self.next_probe += 1;
-                self.probes.insert(self.next_probe, answer);
-                self.feed(Event::Probe(self.next_probe));
+                self.next_ticket += 1;
+                self.probes.insert(self.next_ticket, answer);
+                self.feed(Event::Probe(self.next_ticket));
+            }
+            Command::Revoke(revoked, answer) => {
+                self.next_ticket += 1;
+                self.revokes.begin(self.next_ticket, answer);
+                self.feed(Event::RevokedHere(self.next_ticket, revoked));
             }
             Command::Shutdown(failure, answer) => {
                 self.over.push(answer);
@@ -278,11 +289,15 @@ impl Driver {
         while let Some(event) = events.pop_front() {
             let draw = self.dice.draw();
             tracing::trace!(session = %self.target, event = event.name(), "event");
+            let event = judge_plan(&self.core, &self.context.memory, event);
             for action in self.core.handle(Instant::now(), draw, event) {
                 tracing::trace!(session = %self.target, action = action.name(), "action");
                 events.extend(self.carry_out(action));
             }
         }
+        self.revokes.answer(&self.core);
+        let known = self.core.known();
+        self.known.send_if_modified(|told| std::mem::replace(told, known) != known);
     }
 
     /// Does it, or starts it. What is done at once may be an event again.
@@ -315,6 +330,8 @@ impl Driver {
             }
             Action::StopLocal(payload) => return self.stop_local(&payload),
             Action::StopPeer(transfer, marks) => self.tell(|link| link.stop(transfer, &marks)),
+            Action::RevocationsSeen(epoch) => self.tell(|link| link.revocations_seen(epoch)),
+            Action::HitHere(ticket, transfers) => self.revokes.hit(ticket, transfers),
             Action::Unsettled(transfer, report) => self.context.outcomes.unsettled(transfer, report),
             Action::Finish(run, report) => announce(&self.context, &self.target, *run, report),
             Action::Probed(ticket, result) => {

@@ -166,6 +166,10 @@ impl Link {
         self.say(ToTarget::Stop(wire::Stop { transfer_id: transfer.0.to_vec(), marks }))
     }
 
+    pub(super) fn revocations_seen(&self, epoch: Epoch) -> bool {
+        self.say(ToTarget::RevocationsSeen(wire::RevocationsSeen { epoch: epoch.0 }))
+    }
+
     pub(super) fn bye(&self, failure: &Failure) {
         self.say(ToTarget::Bye(wire::Bye { failure: Some(failure.into()) }));
     }
@@ -211,7 +215,13 @@ fn translate(message: wire::ToInitiator) -> Option<Incoming> {
                 Err(bad) => malformed(&bad),
             }
         }
-        FromTarget::Revoked(revoked) => Incoming::Event(Event::Epoch(Epoch(revoked.epoch))),
+        FromTarget::Revoked(revoked) => {
+            let epoch = revoked.epoch;
+            match convert::revocations_in(wire::Revocations { epoch, floor: 0, recent: vec![revoked] }) {
+                Ok(revoked) => Incoming::Event(Event::Revoked(Box::new(revoked))),
+                Err(failure) => Incoming::Ended(failure),
+            }
+        }
         FromTarget::Bye(bye) => Incoming::Ended(convert::told(bye.failure)),
         FromTarget::Refused(refused) => Incoming::Ended(convert::told(refused.failure)),
         FromTarget::Challenge(_) | FromTarget::Accept(_) | FromTarget::Welcome(_) => {

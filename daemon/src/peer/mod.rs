@@ -16,6 +16,7 @@ mod link;
 mod planning;
 mod ports;
 mod report;
+mod revokes;
 pub mod target;
 
 pub use context::{Context, Neighbours, Outcomes, Timing};

@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{client, context::Timing, convert, life::Life};
 use crate::{
     convert::bytes,
-    domain::{BootId, Failure, Incarnation, LaneId, Reason, TransferId},
+    domain::{BootId, Epoch, Failure, Incarnation, LaneId, Reason, TransferId},
     session::{
         identity::{self, Challenge, Open, PROTOCOL, Role, Transcript},
         inbound::{Inbound, InboundSession},
@@ -111,6 +111,8 @@ impl Peer for TargetService {
             from_initiator: request.into_inner(),
             to_initiator,
             closing: self.0.closing.subscribe(),
+            news: self.0.inbound.memory().revocations().news(),
+            told: Epoch(0),
         };
         // Owned by the endpoint: `sessions_over` waits for the `closing` receivers these tasks hold.
         tokio::spawn(conversation.run());
@@ -123,6 +125,9 @@ struct Conversation {
     from_initiator: Streaming<wire::ToTarget>,
     to_initiator: mpsc::Sender<Result<wire::ToInitiator, Status>>,
     closing: watch::Receiver<Option<Failure>>,
+    /// The endpoint's newest revocation, and the newest that this initiator was told.
+    news: watch::Receiver<Epoch>,
+    told: Epoch,
 }
 
 impl Conversation {
@@ -155,7 +160,10 @@ impl Conversation {
         self.prove(&open).await?;
         let (session, fenced) = self.target.inbound.confirm(open.incarnation, open.session_id).await?;
         let fenced = fenced.iter().map(|(lane, record)| convert::fenced_out(*lane, record)).collect();
-        self.say(ToInitiator::Accept(wire::Accept { fenced, revocations: None })).await?;
+        let revoked = self.target.inbound.memory().revocations().since(Epoch(0));
+        self.told = revoked.epoch;
+        let revocations = Some(convert::revocations_out(revoked));
+        self.say(ToInitiator::Accept(wire::Accept { fenced, revocations })).await?;
         let FromInitiator::Ready(_) = self.hear().await? else { return Err(out_of_turn("Ready")) };
         session.ready();
         let table = convert::table_out(&self.target.inbound.memory().view(), 0);
@@ -214,6 +222,7 @@ impl Conversation {
                     let table = convert::table_out(&self.target.inbound.memory().view(), 0);
                     self.say(ToInitiator::Table(table)).await
                 }
+                Ok(()) = self.news.changed() => self.tell_revocations().await,
                 at = beat.tick() => {
                     let overslept = Life::overslept(planned_beat);
                     planned_beat = at.into_std() + timing.heartbeat;
@@ -232,6 +241,16 @@ impl Conversation {
                 return failure;
             }
         }
+    }
+
+    /// So that transfers which are hit end at once. The proof does not need it: the gate refuses their parts.
+    async fn tell_revocations(&mut self) -> Result<(), Failure> {
+        let news = self.target.inbound.memory().revocations().since(self.told);
+        self.told = news.epoch;
+        for revoked in convert::revoked_out(news) {
+            self.say(ToInitiator::Revoked(revoked)).await?;
+        }
+        Ok(())
     }
 
     fn beat(&self, sequence: u64) {
@@ -258,6 +277,7 @@ impl Conversation {
             let _ = reply.send(Ok(wire::ToInitiator { message: Some(message) })).await;
         };
         match message {
+            // tcp and local need nobody's word: what is refused here does not get through, seen or not.
             FromInitiator::Beat(_) | FromInitiator::RevocationsSeen(_) => {}
             FromInitiator::LaneRequest(request) => {
                 let lane = LaneId(request.lane_id);

@@ -1,4 +1,4 @@
-//! Decisions: retry, health, reconnecting, routes, liveness and drain.
+//! Decisions: retry, health, reconnecting, routes, revocations, liveness and drain.
 //!
 //! Everything here is pure: an event, the time and a random draw go in, a decision comes out. No clock, socket,
 //! task, lock, log or global, so that a simulation with its own clock runs exactly the code that production
@@ -18,6 +18,7 @@ mod jitter;
 mod purity;
 mod reconnect;
 mod retry;
+mod revocations;
 mod route;
 
 pub use beat::{Beat, Judgement, judge};
@@ -26,4 +27,7 @@ pub use drain::{Drain, DrainStatus, StopRequest};
 pub use health::{FIRST_PROBE, Health, HealthChange, HealthPolicy, HealthState};
 pub use reconnect::{MAX_SPACING, Reconnect, ReconnectStep};
 pub use retry::{Attempts, RetryPolicy, Verdict};
+pub use revocations::{
+    Hit, RevocationLimits, RevocationList, Revocations, TOMBSTONE_LIFE, TOMBSTONES, TagRevoked,
+};
 pub use route::{RouteQuery, route};

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 const ALLOWED_STD: [&str; 4] = ["time", "fmt", "cmp", "collections"];
 
 /// The folder's own modules, those of `crate`, and what attributes and groups bring along.
-const ALLOWED_ROOTS: [&str; 13] = [
+const ALLOWED_ROOTS: [&str; 14] = [
     "super",
     "self",
     "domain",
@@ -17,6 +17,7 @@ const ALLOWED_ROOTS: [&str; 13] = [
     "jitter",
     "reconnect",
     "retry",
+    "revocations",
     "route",
     "purity",
 ];

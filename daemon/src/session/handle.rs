@@ -5,11 +5,12 @@ use std::sync::{
     atomic::{AtomicBool, Ordering::SeqCst},
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::outbound::Summary;
 use crate::{
-    domain::{Failure, Reason, SessionId, TransferId},
+    domain::{Epoch, Failure, Incarnation, Reason, SessionId, TransferId},
+    policy::Revocations,
     transfer::run::Admitted,
 };
 
@@ -23,6 +24,9 @@ pub enum Command {
     Submit(Box<Admitted>),
     /// Have a transfer over.
     End(TransferId, Failure),
+    /// The own engine has revoked: end what is hit, and answer when nobody on this node touches memory for it
+    /// any more. Where that cannot be said the answer is dropped.
+    Revoke(Arc<Revocations>, oneshot::Sender<()>),
     /// See whether the peer is there.
     Probe(oneshot::Sender<Result<(), Failure>>),
     /// Accept whoever is there now.
@@ -39,13 +43,23 @@ pub struct Handle {
     id: SessionId,
     inbox: mpsc::Sender<Command>,
     idle: Arc<AtomicBool>,
+    known: watch::Receiver<Option<Known>>,
 }
 
+/// An endpoint's incarnation, and the newest revocation of it that is known.
+pub type Known = (Incarnation, Epoch);
+
 impl Handle {
-    /// A handle and the inbox it fills.
-    pub fn new(id: SessionId) -> (Self, mpsc::Receiver<Command>) {
+    /// A handle and the inbox it fills. `known` is where the session says what it knows of the endpoint.
+    pub fn new(id: SessionId, known: watch::Receiver<Option<Known>>) -> (Self, mpsc::Receiver<Command>) {
         let (inbox, commands) = mpsc::channel(INBOX);
-        (Self { id, inbox, idle: Arc::default() }, commands)
+        (Self { id, inbox, idle: Arc::default(), known }, commands)
+    }
+
+    /// Whom the session knows at the endpoint, and how often they have revoked. A call that arrives now is
+    /// admitted under it, however long it waits in the inbox.
+    pub fn known(&self) -> Option<Known> {
+        *self.known.borrow()
     }
 
     /// Where the session says whether it leads anywhere or carries anything.

@@ -11,5 +11,5 @@ pub mod outbound;
 mod peer_table;
 pub mod secret;
 
-pub use handle::{Command, Handle};
+pub use handle::{Command, Handle, Known};
 pub use peer_table::PeerTable;

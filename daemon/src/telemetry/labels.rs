@@ -56,6 +56,18 @@ pub(super) struct InPhase {
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+pub(super) struct OfWhat {
+    pub(super) of: RevokedLabel,
+}
+
+/// What was revoked.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum RevokedLabel {
+    Ranges,
+    Tag,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 pub(super) struct Build {
     pub(super) version: &'static str,
 }
@@ -110,6 +122,10 @@ text_label!(SessionState, |state| match state {
     SessionState::Healthy => "healthy",
     SessionState::Recovering => "recovering",
     SessionState::Failed => "failed",
+});
+text_label!(RevokedLabel, |revoked| match revoked {
+    RevokedLabel::Ranges => "ranges",
+    RevokedLabel::Tag => "tag",
 });
 text_label!(Phase, |phase| match phase {
     Phase::Queued => "queued",

@@ -19,8 +19,8 @@ use prometheus_client::{
 };
 
 use super::labels::{
-    Build, Ending, InPhase, OpLabel, OutcomeLabel, PathLabel, PathOp, PathReason, Phase, ReasonLabel,
-    SessionState, State, Why,
+    Build, Ending, InPhase, OfWhat, OpLabel, OutcomeLabel, PathLabel, PathOp, PathReason, Phase, ReasonLabel,
+    RevokedLabel, SessionState, State, Why,
 };
 use crate::domain::{Op, PathKind, Reason, Report};
 
@@ -55,6 +55,10 @@ pub struct Metrics {
     open_lanes: Family<PathOp, Gauge>,
     closed_lanes: Family<PathReason, Counter>,
     refused_handshakes: Family<Why, Counter>,
+    revocations: Family<OfWhat, Counter>,
+    refused_revocations: Counter,
+    /// Parts that targets refused because something was revoked.
+    pub revoked_parts: Counter,
     /// Connections closed before they had said what they are.
     pub unclassified: Counter,
     /// Engines attached now.
@@ -87,6 +91,9 @@ impl Metrics {
             open_lanes: Family::default(),
             closed_lanes: Family::default(),
             refused_handshakes: Family::default(),
+            revocations: Family::default(),
+            refused_revocations: Counter::default(),
+            revoked_parts: Counter::default(),
             unclassified: Counter::default(),
             engines: Gauge::default(),
             active_transfers: Gauge::default(),
@@ -114,6 +121,17 @@ impl Metrics {
         r.register("open_lanes", "Lanes open now", self.open_lanes.clone());
         r.register("closed_lanes", "Lanes that closed", self.closed_lanes.clone());
         r.register("refused_handshakes", "Sessions refused while opening", self.refused_handshakes.clone());
+        r.register("revocations", "Revocations by engines", self.revocations.clone());
+        r.register(
+            "refused_revocations",
+            "Tags not revoked because too many are",
+            self.refused_revocations.clone(),
+        );
+        r.register(
+            "revoked_parts",
+            "Parts that hit a revocation at their target",
+            self.revoked_parts.clone(),
+        );
         r.register(
             "unclassified_connections",
             "Connections closed before they had said what they are",
@@ -170,6 +188,19 @@ impl Metrics {
     /// A session was refused while it was being opened, by this side.
     pub fn handshake_refused(&self, reason: Reason) {
         self.refused_handshakes.get_or_create(&Why { reason: ReasonLabel(Some(reason)) }).inc();
+    }
+
+    /// An engine has revoked ranges.
+    pub fn ranges_revoked(&self) {
+        self.revocations.get_or_create(&OfWhat { of: RevokedLabel::Ranges }).inc();
+    }
+
+    /// An engine has revoked a tag, or was refused because too many are.
+    pub fn tag_revoked(&self, taken: bool) {
+        match taken {
+            true => self.revocations.get_or_create(&OfWhat { of: RevokedLabel::Tag }).inc(),
+            false => self.refused_revocations.inc(),
+        };
     }
 
     /// Everything, in the OpenMetrics text format.
@@ -272,6 +303,10 @@ mod tests {
         metrics.lane_closed(PathKind::Tcp, Op::Read, Reason::PeerSilent);
         metrics.handshake_refused(Reason::PeerRestarted);
         metrics.unclassified.inc();
+        metrics.ranges_revoked();
+        metrics.tag_revoked(true);
+        metrics.tag_revoked(false);
+        metrics.revoked_parts.inc_by(3);
         metrics
     }
 
@@ -289,6 +324,10 @@ mod tests {
             "kvferry_open_lanes{path=\"tcp\",op=\"read\"} 1",
             "kvferry_closed_lanes_total{path=\"tcp\",reason=\"peer_silent\"} 1",
             "kvferry_refused_handshakes_total{reason=\"peer_restarted\"} 1",
+            "kvferry_revocations_total{of=\"ranges\"} 1",
+            "kvferry_revocations_total{of=\"tag\"} 1",
+            "kvferry_refused_revocations_total 1",
+            "kvferry_revoked_parts_total 3",
             "kvferry_unclassified_connections_total 1",
             "kvferry_registrar_queued_calls 4",
             "kvferry_registrar_most_active_calls 1",
@@ -320,6 +359,6 @@ mod tests {
             assert!(has_unit, "{name} ({kind})");
             names += 1;
         }
-        assert_eq!(names, 22);
+        assert_eq!(names, 25);
     }
 }

@@ -46,6 +46,10 @@ pub struct Admitted {
     pub policy: RetryPolicy,
     /// When it was received.
     pub received: Instant,
+    /// Who was known at the target's endpoint when it was received, and the newest revocation of theirs.
+    pub known: Option<(Incarnation, Epoch)>,
+    /// The newest revocation of the own engine when it was received.
+    pub own_epoch: Epoch,
 }
 
 /// One transfer.

@@ -18,7 +18,7 @@ use super::{
     RemoteRegion, Run, SequencedPart, TargetSink,
 };
 use crate::{
-    domain::{Epoch, Failure, LaneId, Op, Tag, TransferId},
+    domain::{AddressRange, Epoch, Failure, LaneId, Op, Tag, TransferId},
     memory::{
         EngineMemory, LockPolicy, PendingRelease, ProcessMemory, Quota, RegionInfo, RegionRequest, Registrar,
         Source, SystemDriver, Unregister,
@@ -131,6 +131,18 @@ impl Engine {
     pub(crate) fn unregister(&self, region: &TestRegion) -> PendingRelease {
         let unregister = Unregister { ids: vec![region.info.id], ..Unregister::default() };
         block_on(self.memory.unregister(unregister)).expect("a live region")
+    }
+
+    /// Returns when nobody admitted before can touch the range.
+    pub(crate) fn revoke(&self, base: u64, length: u64) {
+        let raised = self.memory.revoke(vec![AddressRange::new(base, length).expect("a range")]);
+        block_on(self.memory.gate().quiet(raised.version));
+    }
+
+    /// Returns when nobody with the tag can touch anything.
+    pub(crate) fn revoke_tag(&self, tag: Tag) {
+        let raised = self.memory.revoke_tag(tag).expect("room");
+        block_on(self.memory.gate().quiet(raised.version));
     }
 
     /// Returns when everyone acts under the rules that hold now.

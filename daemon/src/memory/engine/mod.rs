@@ -8,12 +8,15 @@
 //! Every change is published in the same order: view, then gate, then the news for those who push tables. So
 //! whoever enters the gate under the new version finds the new view.
 //!
+//! Revocations are kept beside the view, and are published in the same order (`revocations.rs`).
+//!
 //! What it deliberately does not know: peers and transfers. Who must be told of a change, and how long an
 //! answer may wait for it, is decided above.
 
 mod ledger;
 mod register;
 mod release;
+mod revocations;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +34,7 @@ use super::{Gate, Layout, ProcessMemory, Region, RegionTable, Registrar, Version
 use crate::domain::{LayoutId, RegionId};
 
 pub use release::PendingRelease;
+pub use revocations::{Raised, RevocationBook};
 
 /// What one engine may register (`limits.*`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -118,13 +122,24 @@ pub struct EngineMemory {
     gate: Arc<Gate>,
     view: ArcSwap<View>,
     changes: watch::Sender<u64>,
+    revocations: RevocationBook,
     /// Also makes those who change the view take turns. Never held across an await.
     ledger: Mutex<Ledger>,
 }
 
 impl EngineMemory {
-    /// Nothing registered yet. Without `process`, private memory is refused.
+    /// Nothing registered yet, and nothing revoked. Without `process`, private memory is refused.
     pub fn new(registrar: Arc<Registrar>, quota: Quota, process: Option<Arc<ProcessMemory>>) -> Arc<Self> {
+        Self::with_revocations(registrar, quota, process, RevocationBook::default())
+    }
+
+    /// The same, with what was revoked before.
+    pub fn with_revocations(
+        registrar: Arc<Registrar>,
+        quota: Quota,
+        process: Option<Arc<ProcessMemory>>,
+        revocations: RevocationBook,
+    ) -> Arc<Self> {
         Arc::new(Self {
             registrar,
             quota,
@@ -132,6 +147,7 @@ impl EngineMemory {
             gate: Gate::new(),
             view: ArcSwap::default(),
             changes: watch::Sender::new(0),
+            revocations,
             ledger: Mutex::default(),
         })
     }

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     domain::{BootId, Epoch, Failure, Incarnation, LaneId, PathKind, Report, TransferId},
-    policy::{HealthPolicy, RetryPolicy},
+    policy::{HealthPolicy, RetryPolicy, Revocations},
     session::PeerTable,
     transfer::{
         plan::Order,
@@ -44,8 +44,8 @@ pub struct Opened {
     pub boot: BootId,
     /// The way payload will take.
     pub path: PathKind,
-    /// How often the endpoint has revoked.
-    pub epoch: Epoch,
+    /// What the endpoint has revoked.
+    pub revocations: Revocations,
     /// The target's tables.
     pub table: PeerTable,
     /// Lanes of earlier sessions, all fenced now. One that is not named was fenced with nothing processed.
@@ -65,6 +65,8 @@ pub enum Event {
     Planned(TransferId, BootId, Result<Payload, PlanFailure>),
     /// The own engine unregistered regions: transfers that lease them end.
     LocalRegionsRetired,
+    /// The own engine revoked; answered with [`Action::HitHere`] and this number.
+    RevokedHere(u64, Arc<Revocations>),
     /// The answer to [`Action::StopLocal`]: nobody on this node touches memory for the transfer any more.
     LocalQuiet(TransferId),
 
@@ -77,7 +79,7 @@ pub enum Event {
     /// A table came, as a push (nonce 0) or as the answer to a request.
     Table(PeerTable, u64),
     /// The endpoint revoked.
-    Epoch(Epoch),
+    Revoked(Box<Revocations>),
     /// The target says: out of the transfer's reach.
     Stopped(TransferId),
     /// The target says: that lane's owner has closed it.
@@ -132,6 +134,10 @@ pub enum Action {
     StopLocal(Arc<Payload>),
     /// Have the target put the transfer out of reach; after these sequences no part of it will come.
     StopPeer(TransferId, Vec<(LaneId, u64)>),
+    /// Tell the target that what it revoked up to here is acted on.
+    RevocationsSeen(Epoch),
+    /// These transfers were hit by what the own engine revoked: it is proven once all of them are settled here.
+    HitHere(u64, Vec<TransferId>),
     /// Tell that the transfer is not proven over yet.
     Unsettled(TransferId, Report),
     /// Tell that it is over.
@@ -156,7 +162,8 @@ impl Event {
             Self::OpenFailed(..) => "OpenFailed",
             Self::ControlEnded(..) => "ControlEnded",
             Self::Table(..) => "Table",
-            Self::Epoch(..) => "Epoch",
+            Self::Revoked(..) => "Revoked",
+            Self::RevokedHere(..) => "RevokedHere",
             Self::Stopped(..) => "Stopped",
             Self::LaneFenced(..) => "LaneFenced",
             Self::LaneOpened(..) => "LaneOpened",
@@ -184,6 +191,8 @@ impl Action {
             Self::Submit(..) => "Submit",
             Self::StopLocal(..) => "StopLocal",
             Self::StopPeer(..) => "StopPeer",
+            Self::RevocationsSeen(..) => "RevocationsSeen",
+            Self::HitHere(..) => "HitHere",
             Self::Unsettled(..) => "Unsettled",
             Self::Finish(..) => "Finish",
             Self::Probed(..) => "Probed",

@@ -84,16 +84,20 @@ impl Outbound {
         self.peer_draining = false;
         self.pin = Some(Pin { incarnation: who, until: self.now + self.policy.pin_idle });
         self.lane_retry_at = None;
-        let peer =
-            Peer { incarnation: who, boot: opened.boot, epoch: opened.epoch, table: opened.table.into() };
+        // Its word, even where more was known: a daemon that was not told what its predecessor knew judges by it.
+        let epoch = opened.revocations.epoch();
+        let peer = Peer { incarnation: who, boot: opened.boot, epoch, table: opened.table.into() };
         let met_before = self.peer.replace(peer);
         // Addresses are an engine's own: whoever was admitted for another one ends.
         let of_another = |run: &Run| run.expects.is_some_and(|expected| expected != who);
         self.fail_waiting(&Failure::plain(Reason::PeerRestarted), of_another);
-        match met_before {
-            Some(old) if old.incarnation != who => self.engine_replaced(),
-            Some(old) if old.boot != opened.boot => self.daemon_replaced(),
-            _ => {}
+        let old = met_before.as_ref().map(|old| (old.incarnation, old.boot));
+        if old.is_some_and(|(incarnation, _)| incarnation != who) {
+            self.engine_replaced();
+        }
+        self.end_hit_there(&opened.revocations);
+        if old.is_some_and(|(incarnation, boot)| incarnation == who && boot != opened.boot) {
+            self.daemon_replaced();
         }
         // Accept is I2's confirmation for every lane of earlier sessions, named in its list or not.
         let mut records: std::collections::HashMap<LaneId, LaneRecord> = opened.fenced.into_iter().collect();

@@ -9,6 +9,7 @@
 //! - [`dispatch`]: which part goes where next;
 //! - [`lanes`], [`lane_life`]: which parts are in doubt on which lane, and until when (I2);
 //! - [`ending`]: how transfers end (I1), the settle ladder's first step;
+//! - [`revoking`]: what a revocation ends, at either end;
 //! - [`probe`]: how a failed session heals.
 
 mod dispatch;
@@ -19,6 +20,7 @@ pub mod lanes;
 mod link;
 mod planning;
 mod probe;
+mod revoking;
 #[cfg(test)]
 mod tests;
 
@@ -152,7 +154,8 @@ impl Outbound {
             Event::OpenFailed(failure) => self.open_failed(failure),
             Event::ControlEnded(failure) => self.control_ended(failure),
             Event::Table(table, nonce) => self.table(table, nonce),
-            Event::Epoch(epoch) => self.epoch(epoch),
+            Event::Revoked(revoked) => self.revoked(&revoked),
+            Event::RevokedHere(ticket, revoked) => self.revoked_here(ticket, &revoked),
             Event::Stopped(transfer) => self.peer_stopped(transfer),
             Event::LaneFenced(lane, record) => self.lane_fenced(lane, record),
             Event::LaneOpened(lane) => self.lane_opened(lane),
@@ -199,7 +202,13 @@ impl Outbound {
             Some(peer) if self.link.is_up() => Some(peer.incarnation),
             _ => self.pinned(),
         };
-        Run::new(admitted, expects, self.peer.as_ref().map(|peer| peer.epoch))
+        let admit_epoch = match (admitted.known, &self.peer) {
+            (Some((who, epoch)), Some(peer)) if who == peer.incarnation => Some(epoch),
+            // Nobody was ever met there when the call arrived: it is admitted now.
+            (None, Some(peer)) => Some(peer.epoch),
+            _ => None,
+        };
+        Run::new(admitted, expects, admit_epoch)
     }
 
     /// Who must be met, as long as the pin holds.

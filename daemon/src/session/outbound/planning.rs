@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::{Action, Outbound, PlanFailure, PlanOrder};
 use crate::{
-    domain::{BootId, Epoch, Failure, Reason, TransferId},
+    domain::{BootId, Failure, Reason, TransferId},
     session::PeerTable,
     transfer::{plan::Order, run::Run},
     transport::Payload,
@@ -79,12 +79,6 @@ impl Outbound {
                 self.plan(&mut run);
                 self.runs.insert(id, run);
             }
-        }
-    }
-
-    pub(super) fn epoch(&mut self, epoch: Epoch) {
-        if let Some(peer) = &mut self.peer {
-            peer.epoch = peer.epoch.max(epoch);
         }
     }
 }

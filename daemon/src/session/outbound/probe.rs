@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{Action, Link, Outbound};
 use crate::{
-    domain::{Failure, Op, Outcome, Reason, Report, SliceBatch, TransferId},
+    domain::{Epoch, Failure, Op, Outcome, Reason, Report, SliceBatch, TransferId},
     memory::{PROBE_BASE, PROBE_BYTES},
     policy::{HealthChange, RetryPolicy},
     transfer::run::{Admitted, Request},
@@ -87,6 +87,9 @@ impl Outbound {
             tag: None,
             policy: RetryPolicy { attempts: 1, deadline: PROBE_TIMEOUT, ..self.policy.retry },
             received: self.now,
+            known: None,
+            // Its memory is the daemons' own: no engine revokes it.
+            own_epoch: Epoch(u64::MAX),
         };
         self.probing.leg = Some((id, op));
         let mut run = self.admit(admitted);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     domain::{Failure, Reason},
-    memory::{Region, View},
+    memory::{Region, RevocationBook, View},
     transport::{LaneKind, Part, Piece, touch},
 };
 
@@ -17,12 +17,12 @@ pub(super) enum Copied {
     Stopped,
 }
 
-/// Copies a part. The caller is inside both gates, and took both views after it entered.
+/// Copies a part. The caller is inside both gates, and took both views after it entered. `revoked` is the target's.
 pub(super) fn copy(
     part: &Part,
     kind: LaneKind,
     source: &View,
-    target: &View,
+    (target, revoked): (&View, &RevocationBook),
     bounce: &mut [u8],
 ) -> Result<Copied, Failure> {
     if part.payload.is_stopped() {
@@ -31,6 +31,8 @@ pub(super) fn copy(
     if source.closed || part.payload.local_regions.iter().any(|region| region.is_retired()) {
         return Err(Failure::plain(Reason::RegionChanged));
     }
+    let runs = part.pieces().map(|piece| (piece.remote, piece.length));
+    revoked.judge_part(part.payload.admit_epoch, part.payload.tag, runs)?;
     // All of the part is checked before any of it is copied.
     for resolved in resolve(part, target) {
         resolved?;

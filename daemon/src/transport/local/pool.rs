@@ -253,6 +253,7 @@ impl Line {
         let mut pair = pair.unwrap_or_else(|| (source.gate().seat(), target.gate().seat()));
         let copied = {
             let (_here, _there) = (pair.0.enter(), pair.1.enter());
+            let revoked = target.revocations();
             let (source, target) = (source.view(), target.view());
             if source.closed {
                 return Err(Failure::plain(Reason::EngineGone));
@@ -260,7 +261,7 @@ impl Line {
             if target.closed {
                 return Err(Failure::new(Reason::ConnectionLost, "the target engine is gone"));
             }
-            chunk::copy(&part.part, self.setup.kind, &source, &target, bounce)
+            chunk::copy(&part.part, self.setup.kind, &source, (&target, revoked), bounce)
         };
         self.seats().push(pair);
         let sequence = part.sequence;

@@ -4,7 +4,7 @@ use std::{sync::mpsc, thread};
 
 use super::*;
 use crate::{
-    domain::{Generation, LaneId},
+    domain::{Epoch, Generation, LaneId, Tag},
     transport::{
         LaneEvent, PART_BYTES,
         testing::{Engine, Events, Faulty, Slice, block_on, pattern, payload, sequenced},
@@ -83,6 +83,38 @@ fn an_engine_may_shift_its_own_memory() {
     lane.submit(sequenced(&payload(LaneKind::Write, &engine, &region, &region, &[(0, 100, 4096)]), 1));
     events.wait_processed(1);
     assert!((0..4096).all(|at| region.read()[100 + at as usize] == pattern(at, 1)));
+}
+
+/// A8: both directions; whoever was admitted since may go on, a tag is refused whenever it comes.
+#[test]
+fn a8_what_was_revoked_is_neither_read_nor_written() {
+    for kind in [LaneKind::Write, LaneKind::Read] {
+        let link = Link::new(kind);
+        let (local, remote) = (link.initiator.shared(8192), link.target.shared(8192));
+        local.paint(1);
+        remote.paint(2);
+        let parts = |sequence: u64, admitted: u64| {
+            let slices = [(0, 0, 100), (4000, 1000, 100)];
+            let payload = payload(kind, &link.initiator, &local, &remote, &slices);
+            let payload = Arc::into_inner(payload).expect("the only one");
+            let payload = crate::transport::Payload { admit_epoch: Epoch(admitted), ..payload };
+            sequenced(&Arc::new(payload), sequence)
+        };
+        link.target.revoke(remote.info.base + 1000, 1);
+        let before = (local.read(), remote.read());
+        link.lane.submit(parts(1, 0));
+        link.events.wait_processed(1);
+        assert!((local.read(), remote.read()) == before, "a refused part moved a byte");
+        link.lane.submit(parts(2, 1));
+        link.events.wait_processed(2);
+        assert!((local.read(), remote.read()) != before);
+        link.target.revoke_tag(Tag([7; 16]));
+        link.lane.submit(parts(3, 2));
+        link.events.wait_processed(3);
+        let refused: Vec<_> = link.events.refused();
+        let named: Vec<_> = refused.iter().map(|(at, why)| (*at, why.reason, why.index)).collect();
+        assert_eq!(named, [(1, Reason::Revoked, Some(1)), (3, Reason::Revoked, None)]);
+    }
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What a target makes sure of before a part touches memory (I4, I5).
+//! What a target makes sure of before a part touches memory (I4, I5): nobody has stopped its transfer, its regions
+//! are the ones it names, its runs lie in them, and nothing of it was revoked.
 
 use std::sync::Arc;
 
@@ -9,8 +10,9 @@ use super::{
     wire::{Descriptor, PartHeader, Refusal, Table},
 };
 use crate::{
-    domain::{Failure, Reason, TransferId},
+    domain::{Epoch, Failure, Reason, Tag, TransferId},
     memory::{EngineMemory, Region, View},
+    policy::Hit,
 };
 
 /// The part that a target has under way, and the leases of what it touches. Reused from part to part.
@@ -20,12 +22,25 @@ pub(super) struct Admission {
     stops: LaneStops,
     transfer: TransferId,
     sequence: u64,
+    admitted: Epoch,
+    tag: Option<Tag>,
     regions: Vec<Arc<Region>>,
+    /// Address and bytes of each run: what a revocation is held against.
+    runs: Vec<(u64, u64)>,
 }
 
 impl Admission {
     pub(super) fn new(engine: Arc<EngineMemory>, stops: LaneStops) -> Self {
-        Self { engine, stops, transfer: TransferId([0; 16]), sequence: 0, regions: Vec::new() }
+        Self {
+            engine,
+            stops,
+            transfer: TransferId([0; 16]),
+            sequence: 0,
+            admitted: Epoch(0),
+            tag: None,
+            regions: Vec::new(),
+            runs: Vec::new(),
+        }
     }
 
     /// The lane's marks.
@@ -47,6 +62,7 @@ impl Admission {
     ) -> Result<(), Refusal> {
         self.transfer = header.transfer;
         self.sequence = header.sequence;
+        (self.admitted, self.tag) = (header.admit_epoch, header.tag);
         let admitted = self.check(header, table);
         if admitted.is_err() {
             self.end();
@@ -66,15 +82,16 @@ impl Admission {
             let now = view.table.get(region.info.id);
             now.is_some_and(|now| Arc::ptr_eq(now, region)) && !region.is_retired()
         };
-        match self.regions.iter().all(stands) {
-            true => Ok(()),
-            false => Err(Refusal::whole(Reason::RegionChanged)),
+        if !self.regions.iter().all(stands) {
+            return Err(Refusal::whole(Reason::RegionChanged));
         }
+        self.check_revocations()
     }
 
     /// The part is over or put aside: lets go of the leases.
     pub(super) fn end(&mut self) {
         self.regions.clear();
+        self.runs.clear();
     }
 
     /// Whether leases are held.
@@ -87,7 +104,7 @@ impl Admission {
             return Err(Refusal::whole(Reason::Cancelled));
         }
         let view = self.engine.view();
-        self.regions.clear();
+        self.end();
         for (entry, (id, generation)) in table.regions().enumerate() {
             let region = view.table.get(id).filter(|region| region.info.generation == generation);
             let Some(region) = region.filter(|region| !region.is_retired()) else {
@@ -100,8 +117,22 @@ impl Admission {
         for (at, run) in table.runs().enumerate() {
             self.check_run(run).map_err(|reason| Refusal::of_run(reason, at))?;
             bytes += u64::from(run.length);
+            self.runs.push((run.address, run.length.into()));
         }
-        if bytes == u64::from(header.bytes) { Ok(()) } else { Err(Refusal::whole(Reason::BadArgument)) }
+        if bytes != u64::from(header.bytes) {
+            return Err(Refusal::whole(Reason::BadArgument));
+        }
+        self.check_revocations()
+    }
+
+    /// The part was checked outside the gate or under older rules: what was revoked since is seen here, at the
+    /// latest in the review that follows the next entry.
+    fn check_revocations(&self) -> Result<(), Refusal> {
+        let judged = self.engine.revocations().judge_part(self.admitted, self.tag, self.runs.iter().copied());
+        judged.map_err(|hit| match hit {
+            Hit::Run(run) => Refusal::of_run(Reason::Revoked, run),
+            Hit::Future | Hit::Floor | Hit::Tag => Refusal::whole(Reason::Revoked),
+        })
     }
 
     fn check_run(&self, run: Descriptor) -> Result<(), Reason> {

@@ -10,6 +10,7 @@ mod lane_life;
 mod model;
 mod opening;
 mod planning;
+mod revoking;
 mod rig;
 mod table;
 mod words;

@@ -21,8 +21,12 @@ enum Move {
         parts: u64,
         attempts: u32,
         deadline: u64,
+        late: bool,
     },
     Cancel(u8),
+    /// The target gives a transfer's memory away, or the own engine does.
+    Revoke(u8),
+    RevokeHere(u8),
     /// One of the questions that wait is answered.
     Answer(u8),
     /// The open, or the lane, that was asked for cannot be had.
@@ -46,8 +50,9 @@ enum Move {
 }
 
 fn moves() -> impl Strategy<Value = Move> {
-    let submit = (any::<bool>(), 0u64..9, 1u32..4, 1u64..20_000)
-        .prop_map(|(read, parts, attempts, deadline)| Move::Submit { read, parts, attempts, deadline });
+    let submit = (any::<bool>(), 0u64..9, 1u32..4, 1u64..20_000, any::<bool>()).prop_map(
+        |(read, parts, attempts, deadline, late)| Move::Submit { read, parts, attempts, deadline, late },
+    );
     let apply = (any::<u8>(), 1u64..5, any::<bool>()).prop_map(|(lane, parts, tell)| Move::Apply {
         lane,
         parts,
@@ -55,7 +60,9 @@ fn moves() -> impl Strategy<Value = Move> {
     });
     prop_oneof![
         4 => submit,
-        2 => any::<u8>().prop_map(Move::Cancel),
+        3 => any::<u8>().prop_map(Move::Cancel),
+        1 => any::<u8>().prop_map(Move::Revoke),
+        1 => any::<u8>().prop_map(Move::RevokeHere),
         20 => any::<u8>().prop_map(Move::Answer),
         2 => any::<u8>().prop_map(Move::Fail),
         12 => apply,
@@ -74,7 +81,19 @@ fn moves() -> impl Strategy<Value = Move> {
 impl World {
     fn play(&mut self, step: Move) {
         match step {
-            Move::Submit { read, parts, attempts, deadline } => self.submit(read, parts, attempts, deadline),
+            Move::Submit { read, parts, attempts, deadline, late } => {
+                self.submit(read, parts, attempts, deadline, late);
+            }
+            Move::Revoke(which) => {
+                if let Some(&(transfer, _, parts)) = pick(&self.submitted, which) {
+                    self.revoke(transfer, parts);
+                }
+            }
+            Move::RevokeHere(which) => {
+                if let Some(&(transfer, _, parts)) = pick(&self.submitted, which) {
+                    self.revoke_here(transfer, parts);
+                }
+            }
             Move::Cancel(which) => {
                 if let Some(&(transfer, ..)) = pick(&self.submitted, which) {
                     self.feed(Event::End(transfer, cancelled()));
@@ -103,8 +122,7 @@ impl World {
                 self.peer_goes();
             }
             Move::ReplaceEngine => {
-                self.incarnation = if self.incarnation == ALICE { BOB } else { ALICE };
-                self.peer_goes();
+                self.replace_engine();
             }
             Move::Reset => self.feed(Event::Reset),
             Move::Probe => {
@@ -132,7 +150,7 @@ fn live(moves: Vec<Move>) -> World {
     assert_eq!(world.rig.probed.len() as u64, world.tickets);
     assert!(world.rig.core.rotation.iter().all(|rotation| rotation.len() <= 64));
     assert_ne!(world.rig.state(), State::Failed);
-    world.submit(false, 3, 1, 10_000);
+    world.submit(false, 3, 1, 10_000, false);
     world.heal();
     let last = world.submitted[world.submitted.len() - 1].0;
     assert_eq!(world.ended[&last], (Outcome::Done, PeerHalf::Confirmed));
@@ -155,7 +173,7 @@ fn random_lives_see_every_kind_of_end() {
     let mut runner = TestRunner::deterministic();
     let lives = prop::collection::vec(moves(), 250);
     let mut seen: HashMap<(Outcome, PeerHalf), usize> = HashMap::new();
-    let (mut resent, mut unsettled) = (0, 0);
+    let (mut resent, mut unsettled, mut hits) = (0, 0, 0);
     for _ in 0..200 {
         let world = live(lives.new_tree(&mut runner).expect("moves").current());
         for end in world.ended.values() {
@@ -164,6 +182,7 @@ fn random_lives_see_every_kind_of_end() {
         let parts: HashSet<_> = world.lanes.values().flat_map(|lane| &lane.parts).map(Sent::name).collect();
         resent += world.lanes.values().map(|lane| lane.parts.len()).sum::<usize>() - parts.len();
         unsettled += world.rig.unsettled.len();
+        hits += world.hits;
     }
     let outcomes = [Outcome::Done, Outcome::Failed, Outcome::Cancelled];
     let halves = [PeerHalf::Confirmed, PeerHalf::Unconfirmed];
@@ -175,4 +194,5 @@ fn random_lives_see_every_kind_of_end() {
         }
     }
     assert!(resent > 100 && unsettled > 20, "{resent} parts were sent again, {unsettled} UNSETTLED told");
+    assert!(hits > 20, "{hits} parts hit a revocation");
 }

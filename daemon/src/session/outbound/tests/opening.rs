@@ -65,7 +65,7 @@ fn i4_after_a_reset_only_those_admitted_before_it_end_with_another_engine() {
     assert_eq!(rig.disconnects, 1);
     assert_eq!(rig.connects, [None]);
     rig.write(2, 1);
-    rig.open(Opened { incarnation: BOB, epoch: Epoch(3), ..opened() });
+    rig.open(Opened { incarnation: BOB, revocations: revocations(3, &[]), ..opened() });
     assert_eq!(rig.failures(), [(1, Reason::PeerRestarted)]);
     // The epoch of another engine means nothing.
     assert_eq!(rig.core.runs[&id(2)].admit_epoch, Some(Epoch(3)));
@@ -145,10 +145,10 @@ fn a_restarted_daemon_ends_what_was_sent_and_carries_what_was_not() {
     rig.write(3, 1);
     assert_eq!(rig.parts(), [(1, 0), (2, 0), (2, 1), (2, 2)]);
     rig.write(4, 1);
-    rig.feed(Event::Epoch(Epoch(9)));
+    rig.feed(revoked_elsewhere(9));
     rig.control_ends(Reason::ConnectionLost);
     rig.closed(lane, lost());
-    rig.open(Opened { boot: NEXT_BOOT, epoch: Epoch(1), ..opened() });
+    rig.open(Opened { boot: NEXT_BOOT, revocations: revocations(1, &[]), ..opened() });
     rig.quiet();
     let ended = rig.failures();
     assert_eq!(ended, [(1, Reason::PeerDaemonRestarted), (2, Reason::PeerDaemonRestarted)]);
@@ -164,7 +164,7 @@ fn a_transfer_is_planned_again_under_the_epoch_it_was_admitted_with() {
     rig.plans_at_once = false;
     rig.write(1, 1);
     rig.control_ends(Reason::ConnectionLost);
-    rig.open(Opened { boot: NEXT_BOOT, epoch: Epoch(20), ..opened() });
+    rig.open(Opened { boot: NEXT_BOOT, revocations: revocations(20, &[]), ..opened() });
     let epochs: Vec<_> = rig.plans.iter().map(|plan| (plan.boot, plan.order.admit_epoch)).collect();
     assert_eq!(epochs, [(BOOT, Epoch(7)), (NEXT_BOOT, Epoch(7))]);
 }
@@ -172,8 +172,8 @@ fn a_transfer_is_planned_again_under_the_epoch_it_was_admitted_with() {
 #[test]
 fn an_epoch_never_falls() {
     let mut rig = Rig::up();
-    rig.feed(Event::Epoch(Epoch(9)));
-    rig.feed(Event::Epoch(Epoch(8)));
+    rig.feed(revoked_elsewhere(9));
+    rig.feed(revoked_elsewhere(8));
     rig.write(1, 1);
     assert_eq!(rig.core.runs[&id(1)].admit_epoch, Some(Epoch(9)));
 }

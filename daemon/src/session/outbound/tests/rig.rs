@@ -25,6 +25,8 @@ pub(super) struct Sent {
     pub(super) sequence: u64,
     pub(super) transfer: TransferId,
     pub(super) part: u32,
+    /// As its header says.
+    pub(super) admitted: Epoch,
 }
 
 impl Sent {
@@ -51,6 +53,8 @@ pub(super) struct Rig {
     pub(super) sent: Vec<Sent>,
     pub(super) stops: Vec<Arc<Payload>>,
     pub(super) peer_stops: Vec<(TransferId, Vec<(LaneId, u64)>)>,
+    pub(super) seen: Vec<Epoch>,
+    pub(super) hit_here: Vec<(u64, Vec<TransferId>)>,
     pub(super) unsettled: Vec<Report>,
     pub(super) finished: Vec<Report>,
     pub(super) probed: Vec<(u64, Result<(), Failure>)>,
@@ -85,6 +89,8 @@ impl Rig {
             sent: vec![],
             stops: vec![],
             peer_stops: vec![],
+            seen: vec![],
+            hit_here: vec![],
             unsettled: vec![],
             finished: vec![],
             probed: vec![],
@@ -158,9 +164,12 @@ impl Rig {
                     sequence: part.sequence,
                     transfer: part.part.payload.transfer,
                     part: part.part.index,
+                    admitted: part.part.payload.admit_epoch,
                 })),
                 Action::StopLocal(payload) => self.stops.push(payload),
                 Action::StopPeer(transfer, marks) => self.peer_stops.push((transfer, marks)),
+                Action::RevocationsSeen(epoch) => self.seen.push(epoch),
+                Action::HitHere(ticket, transfers) => self.hit_here.push((ticket, transfers)),
                 Action::Unsettled(_, report) => self.unsettled.push(report),
                 Action::Finish(_, report) => self.finished.push(report),
                 Action::Probed(ticket, result) => self.probed.push((ticket, result)),

@@ -1,8 +1,10 @@
 //! Every state of the link meets every event: nothing panics, and no transfer ends twice.
 
+use std::sync::Arc;
+
 use super::rig::*;
 use crate::{
-    domain::{Epoch, Failure, LaneId, Op, Reason},
+    domain::{Failure, LaneId, Op, Reason},
     session::outbound::{Event, Opened, PlanFailure, State},
     transport::{LaneEvent, LaneRecord},
 };
@@ -107,13 +109,16 @@ fn events(rig: &Rig) -> Vec<Event> {
         Event::Submit(Box::new(admitted(id(4), Op::Write, 3, policy().retry, rig.now))),
         Event::Shutdown(Failure::plain(Reason::Draining)),
         Event::LocalRegionsRetired,
-        Event::Epoch(Epoch(1)),
+        revoked_elsewhere(1),
         Event::Table(peer_table(0), 0),
         Event::Table(empty_table(9), 1),
         Event::Probe(5),
         Event::Reset,
         Event::Tick,
         Event::Opened(Box::new(opened())),
+        Event::Revoked(Box::new(revocations(8, &[(8, 2), (8, 3)]))),
+        Event::RevokedHere(1, Arc::new(revocations(8, &[(8, 1)]))),
+        Event::Opened(Box::new(Opened { revocations: revocations(8, &[(8, 1)]), ..opened() })),
         Event::Opened(Box::new(Opened { incarnation: BOB, ..opened() })),
         Event::Opened(Box::new(Opened { boot: NEXT_BOOT, ..opened() })),
         Event::Opened(Box::new(Opened { fenced: vec![(LaneId(1), record(3))], ..opened() })),

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::super::{Opened, Policy};
+use super::super::{Event, Opened, Policy};
 use crate::{
     domain::{
-        BootId, Epoch, Failure, Generation, Incarnation, Op, PathKind, Reason, RegionId, SliceBatch,
-        TransferId,
+        AddressRange, BootId, Epoch, Failure, Generation, Incarnation, Op, PathKind, Reason, RegionId,
+        SliceBatch, TransferId,
     },
     memory::{MemoryKind, PROBE_BASE, PROBE_BYTES, RegionInfo, RegionTable},
-    policy::{HealthPolicy, RetryPolicy},
+    policy::{HealthPolicy, RetryPolicy, RevocationLimits, RevocationList, Revocations},
     session::PeerTable,
     transfer::run::{Admitted, Request},
     transport::{LaneRecord, PART_BYTES},
@@ -20,7 +20,14 @@ use crate::{
 
 /// Where the engine's memory lies, on both sides; no test touches it.
 pub(super) const BASE: u64 = 0x10_0000_0000;
-pub(super) const LENGTH: u64 = 1 << 32;
+pub(super) const LENGTH: u64 = 1 << 33;
+/// Each transfer has a piece of it for itself.
+pub(super) const SLOT: u64 = 32 << 20;
+
+/// Where the piece of the transfer with this number lies, on both sides.
+pub(super) fn slot(number: u8) -> u64 {
+    BASE + u64::from(number) * SLOT
+}
 
 pub(super) const ALICE: Incarnation = Incarnation([0xa; 32]);
 pub(super) const BOB: Incarnation = Incarnation([0xb; 32]);
@@ -85,10 +92,23 @@ pub(super) fn opened() -> Opened {
         incarnation: ALICE,
         boot: BOOT,
         path: PathKind::Tcp,
-        epoch: Epoch(7),
+        revocations: revocations(7, &[]),
         table: peer_table(1),
         fenced: vec![],
     }
+}
+
+/// A list that says no more than that: these epochs revoked these slots of the target's memory (see [`slot`]).
+pub(super) fn revocations(epoch: u64, slots: &[(u64, u8)]) -> Revocations {
+    let range = |number| AddressRange::new(slot(number), SLOT).expect("a slot");
+    let ranges = slots.iter().map(|(at, number)| (Epoch(*at), range(*number))).collect();
+    let list = RevocationList { epoch: Epoch(epoch), ranges, ..RevocationList::default() };
+    Revocations::restore(RevocationLimits::ranges(1000), list, Instant::now()).expect("a good list")
+}
+
+/// The target revoked something that no transfer touches.
+pub(super) fn revoked_elsewhere(epoch: u64) -> Event {
+    Event::Revoked(Box::new(revocations(epoch, &[])))
 }
 
 pub(super) fn admitted(
@@ -99,10 +119,20 @@ pub(super) fn admitted(
     received: Instant,
 ) -> Admitted {
     let batch = SliceBatch {
-        local: vec![BASE],
-        remote: vec![BASE],
+        local: vec![slot(id.0[0])],
+        remote: vec![slot(id.0[0])],
         lengths: vec![],
         uniform: Some(parts * PART_BYTES),
     };
-    Admitted { teller: None, id, op, request: Arc::new(Request::Slices(batch)), tag: None, policy, received }
+    Admitted {
+        teller: None,
+        id,
+        op,
+        request: Arc::new(Request::Slices(batch)),
+        tag: None,
+        policy,
+        received,
+        known: None,
+        own_epoch: Epoch(0),
+    }
 }

@@ -10,11 +10,14 @@ use std::{
 
 use super::rig::*;
 use crate::{
-    domain::{BootId, Failure, Incarnation, LaneId, Op, Outcome, PeerHalf, Reason, TransferId},
-    policy::RetryPolicy,
+    domain::{BootId, Epoch, Failure, Incarnation, LaneId, Op, Outcome, PeerHalf, Reason, TransferId},
+    policy::{RetryPolicy, RevocationLimits, Revocations},
     session::outbound::{Event, Opened},
-    transport::{LaneEvent, LaneKind, LaneRecord},
+    transfer::run::Admitted,
+    transport::{LaneEvent, LaneKind, LaneRecord, PART_BYTES},
 };
+
+mod revoking;
 
 /// A lane as both ends see it.
 pub(super) struct Lane {
@@ -41,6 +44,21 @@ pub(super) struct World {
     pub(super) incarnation: Incarnation,
     pub(super) lanes: BTreeMap<LaneId, Lane>,
     pub(super) submitted: Vec<(TransferId, Op, u64)>,
+    /// Calls that have arrived and wait for their turn.
+    inbox: Vec<Admitted>,
+    /// What the target has revoked; the next run of its daemon knows it, another engine does not.
+    revoked: Revocations,
+    /// The same of the engine that is not there now.
+    others: Revocations,
+    /// How far the initiator was told.
+    told: Epoch,
+    /// Admitted before a revocation that hits them.
+    doomed: HashSet<TransferId>,
+    /// Parts that the target refused for it.
+    pub(super) hits: usize,
+    /// What the own engine has revoked.
+    own: Revocations,
+    own_doomed: HashSet<TransferId>,
     pub(super) ended: HashMap<TransferId, (Outcome, PeerHalf)>,
     /// Parts in the memory of this incarnation.
     applied: HashMap<TransferId, (Incarnation, HashSet<u32>)>,
@@ -60,6 +78,14 @@ impl World {
             incarnation: ALICE,
             lanes: BTreeMap::new(),
             submitted: vec![],
+            inbox: vec![],
+            revoked: revocations(7, &[]),
+            others: revocations(7, &[]),
+            told: Epoch(0),
+            doomed: HashSet::new(),
+            hits: 0,
+            own: Revocations::new(RevocationLimits::ranges(1000)),
+            own_doomed: HashSet::new(),
             ended: HashMap::new(),
             applied: HashMap::new(),
             quiet: HashSet::new(),
@@ -67,12 +93,22 @@ impl World {
         }
     }
 
-    pub(super) fn submit(&mut self, read: bool, parts: u64, attempts: u32, deadline: u64) {
+    /// A call arrives. Its turn comes at once, or late.
+    pub(super) fn submit(&mut self, read: bool, parts: u64, attempts: u32, deadline: u64, late: bool) {
         let op = if read { Op::Read } else { Op::Write };
         let transfer = id(self.submitted.len() as u8 + 1);
         let retry = RetryPolicy { attempts, deadline: ms(deadline), ..policy().retry };
         self.submitted.push((transfer, op, parts));
         let admitted = admitted(transfer, op, parts, retry, self.rig.now);
+        let (known, own_epoch) = (self.rig.core.known(), self.own.epoch());
+        self.inbox.push(Admitted { known, own_epoch, ..admitted });
+        if !late {
+            self.take_call(self.inbox.len() - 1);
+        }
+    }
+
+    fn take_call(&mut self, at: usize) {
+        let admitted = self.inbox.remove(at);
         self.feed(Event::Submit(Box::new(admitted)));
     }
 
@@ -114,6 +150,7 @@ impl World {
             }
         }
         assert!(!self.ended.contains_key(&sent.transfer), "{sent:?} after its end");
+        assert!(!self.own_doomed.contains(&sent.transfer), "{sent:?} after its engine revoked it");
         let lane = self.lanes.get_mut(&sent.lane).expect("a lane that was opened");
         lane.parts.push(sent);
         assert_eq!(sent.sequence, lane.parts.len() as u64, "sequences follow each other");
@@ -144,9 +181,17 @@ impl World {
         while lane.live_there && lane.applied < until {
             let sent = lane.parts[lane.applied as usize];
             lane.applied += 1;
+            let address = slot(sent.transfer.0[0]) + u64::from(sent.part) * PART_BYTES;
+            if let Err(hit) = self.revoked.judge(sent.admitted, None, [(address, PART_BYTES)], self.rig.now) {
+                self.hits += 1;
+                lane.refused.push((lane.applied, Failure::from(hit)));
+                continue;
+            }
             let marked = lane.stopped.get(&sent.transfer).is_some_and(|through| sent.sequence <= *through);
             let local = lane.kind == LaneKind::Read && (lane.closed || self.quiet.contains(&sent.transfer));
             if !marked && !local {
+                let doomed = self.doomed.contains(&sent.transfer);
+                assert!(!doomed, "A8: {sent:?} reaches memory that was revoked");
                 let end = self.ended.get(&sent.transfer);
                 let settled =
                     end.is_some_and(|(_, half)| *half == PeerHalf::Confirmed || lane.kind == LaneKind::Read);
@@ -163,6 +208,11 @@ impl World {
             let from = lane.told + 1;
             let through = lane.applied;
             lane.told = through;
+            let refused: Vec<_> =
+                lane.refused.iter().filter(|(sequence, _)| *sequence >= from).cloned().collect();
+            for (sequence, failure) in refused {
+                self.feed(Event::Lane(id, LaneEvent::Refused { sequence, failure }));
+            }
             self.feed(Event::Lane(id, LaneEvent::Processed { from, through }));
         }
     }
@@ -197,6 +247,15 @@ impl World {
         }
     }
 
+    /// Another engine is there, with a past of its own.
+    pub(super) fn replace_engine(&mut self) {
+        self.incarnation = if self.incarnation == ALICE { BOB } else { ALICE };
+        self.peer_goes();
+        std::mem::swap(&mut self.revoked, &mut self.others);
+        // Whoever was not sent yet is admitted anew, by somebody else.
+        self.doomed.clear();
+    }
+
     /// The peer's process, or its engine, is gone, and with it what it could still do.
     pub(super) fn peer_goes(&mut self) {
         self.lanes.values_mut().for_each(|lane| lane.live_there = false);
@@ -204,7 +263,7 @@ impl World {
     }
 
     /// How many of each kind wait for an answer.
-    fn questions(&self) -> [usize; 8] {
+    fn questions(&self) -> [usize; 10] {
         let rig = &self.rig;
         [
             rig.plans.len(),
@@ -215,6 +274,8 @@ impl World {
             rig.stops.len(),
             rig.peer_stops.len(),
             rig.table_requests.len(),
+            self.inbox.len(),
+            usize::from(self.up && self.told < self.revoked.epoch()),
         ]
     }
 
@@ -226,7 +287,7 @@ impl World {
         match kind {
             0 => {
                 let order = self.rig.plans.remove(at);
-                let planned = self.rig.planned(&order);
+                let planned = self.plan(&order);
                 self.feed(planned);
             }
             1 => self.answer_connect(),
@@ -251,6 +312,8 @@ impl World {
                 }
                 self.feed(Event::Stopped(transfer));
             }
+            8 => self.take_call(at),
+            9 => self.tell_revocations(),
             _ => {
                 let nonce = self.rig.table_requests.remove(at);
                 self.feed(Event::Table(peer_table(2), nonce));
@@ -272,7 +335,10 @@ impl World {
                 fenced.push((*id, lane.record()));
             }
         }
-        let opened = Opened { incarnation: self.incarnation, boot: self.boot, fenced, ..opened() };
+        self.told = self.revoked.epoch();
+        let revocations = self.revoked.clone();
+        let opened =
+            Opened { incarnation: self.incarnation, boot: self.boot, fenced, revocations, ..opened() };
         self.feed(Event::Opened(Box::new(opened)));
     }
 
@@ -325,14 +391,14 @@ impl World {
             self.feed(Event::Reset);
         }
         for _ in 0..3000 {
-            while self.questions() != [0; 8] {
+            while self.questions() != [0; 10] {
                 self.answer(0);
             }
             let lanes: Vec<LaneId> = self.lanes.keys().copied().collect();
             for lane in lanes {
                 self.apply(lane, 1000, true);
             }
-            if self.questions() != [0; 8] {
+            if self.questions() != [0; 10] {
                 continue;
             }
             if self.rig.core.next_wake().is_none() {

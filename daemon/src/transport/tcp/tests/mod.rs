@@ -3,6 +3,7 @@
 mod hostile;
 mod moves;
 mod refusals;
+mod revoking;
 mod speed;
 mod stopping;
 
@@ -118,8 +119,20 @@ impl Target {
 
 /// Header and table of a part of a single run.
 fn frame(kind: FrameKind, sequence: u64, region: &TestRegion, address: u64, bytes: u32) -> Vec<u8> {
+    frame_with(|header| header, kind, sequence, region, address, bytes)
+}
+
+/// The same, with something else in its header.
+fn frame_with(
+    change: impl FnOnce(PartHeader) -> PartHeader,
+    kind: FrameKind,
+    sequence: u64,
+    region: &TestRegion,
+    address: u64,
+    bytes: u32,
+) -> Vec<u8> {
     let header = PartHeader { kind, runs: 1, regions: 1, bytes, ..PartHeader::abort(sequence, TRANSFER) };
-    let mut frame = header.encode().to_vec();
+    let mut frame = change(header).encode().to_vec();
     frame.extend_from_slice(&region.info.id.0.to_le_bytes());
     frame.extend_from_slice(&region.info.generation.0.to_le_bytes());
     frame.extend_from_slice(&wire::Descriptor { address, length: bytes, region: 0 }.encode());

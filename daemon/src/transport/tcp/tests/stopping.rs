@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::{
-    domain::{Reason, TransferId},
+    domain::{Reason, Tag, TransferId},
     transport::{
         PART_BYTES,
         testing::{block_on, pattern, payload, sequenced, wait_until},
@@ -92,30 +92,36 @@ fn an_unregistered_source_is_let_go_while_the_socket_is_stuck() {
 }
 
 /// A write lane's target in the middle of a part, its initiator the test.
-struct HalfWritten {
+pub(super) struct HalfWritten {
     _carriers: Carriers,
-    target: Target,
-    peer: TcpStream,
-    region: TestRegion,
+    pub(super) target: Target,
+    pub(super) peer: TcpStream,
+    pub(super) region: TestRegion,
 }
 
 impl HalfWritten {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
+        Self::with(|header| header)
+    }
+
+    pub(super) fn tagged(tag: Tag) -> Self {
+        Self::with(|header| PartHeader { tag: Some(tag), ..header })
+    }
+
+    fn with(change: impl FnOnce(PartHeader) -> PartHeader) -> Self {
         let carriers = Carriers::start(1).expect("a thread");
         let (mut peer, there) = connection();
         let target = Target::start(&carriers, LaneKind::Write, there);
         let region = target.engine.shared(PART);
         let base = region.info.base;
-        send(
-            &mut peer,
-            &[&frame(FrameKind::Write, 1, &region, base, PART as u32), &vec![9; PART as usize / 2]],
-        );
+        let frame = frame_with(change, FrameKind::Write, 1, &region, base, PART as u32);
+        send(&mut peer, &[&frame, &vec![9; PART as usize / 2]]);
         wait_until("half of it", || target.lane.moved() == PART / 2);
         Self { _carriers: carriers, target, peer, region }
     }
 
     /// Sends the other half and checks that none of it was applied, and that this is told.
-    fn check_rest_is_scrap(&mut self, reason: Reason) {
+    pub(super) fn check_rest_is_scrap(&mut self, reason: Reason) {
         let before = self.region.read();
         send(&mut self.peer, &[&vec![8; PART as usize / 2], &trailer(1)]);
         match read_ack(&mut self.peer) {
@@ -166,15 +172,15 @@ fn a_stop_that_overtakes_its_part_is_kept() {
 }
 
 /// A read lane's target that is stuck in the middle of its answer.
-struct StuckRead {
+pub(super) struct StuckRead {
     _carriers: Carriers,
-    target: Target,
+    pub(super) target: Target,
     peer: TcpStream,
-    region: TestRegion,
+    pub(super) region: TestRegion,
 }
 
 impl StuckRead {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let carriers = Carriers::start(1).expect("a thread");
         let (mut peer, there) = narrow_connection();
         let target = Target::start(&carriers, LaneKind::Read, there);
@@ -185,7 +191,7 @@ impl StuckRead {
         Self { _carriers: carriers, target, peer, region }
     }
 
-    fn check_padded(&mut self, reason: Reason) {
+    pub(super) fn check_padded(&mut self, reason: Reason) {
         let header = PartHeader::parse(&read_array(&mut self.peer)).expect("a header");
         assert_eq!((header.kind, header.bytes), (FrameKind::ReadData, PART as u32));
         let mut payload = vec![0; PART as usize];

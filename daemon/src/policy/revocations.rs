@@ -1,0 +1,364 @@
+//! What one endpoint has revoked, and what that refuses.
+//!
+//! Every revocation raises the endpoint's *epoch*, and every transfer carries the epoch it was admitted under,
+//! so a range refuses exactly those that were admitted before it was revoked: queued, backing off, or on their
+//! way while this side's daemon restarted. A tag refuses whoever carries it, whenever it was submitted, until
+//! its *tombstone* expires.
+//!
+//! The ranges are kept as disjoint spans, each with the newest epoch it was revoked in: a page revoked again
+//! takes no more room, and a look-up costs a search. Beyond `ranges` of them the oldest are given up and the
+//! *floor* rises: whoever was admitted below it is refused, hit or not. A tombstone is never given up early; a
+//! full table refuses the next one (I8).
+//!
+//! Pure, and used at both ends: a target judges every part by it, an initiator ends what the target's list hits.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use crate::domain::{AddressRange, Epoch, Failure, Reason, Tag};
+
+/// Tombstones of one endpoint.
+pub const TOMBSTONES: usize = 65_536;
+
+/// How long a tombstone stands.
+pub const TOMBSTONE_LIFE: Duration = Duration::from_secs(15 * 60);
+
+/// Epochs that are told beyond it are nobody's: counting on from there must not wrap.
+const MAX_EPOCH: Epoch = Epoch(1 << 62);
+
+/// How much is remembered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RevocationLimits {
+    /// Disjoint ranges (`limits.revocations`).
+    pub ranges: usize,
+    /// Tags.
+    pub tombstones: usize,
+    /// How long each tag is refused.
+    pub tombstone_life: Duration,
+}
+
+impl RevocationLimits {
+    /// So many ranges, and the tombstones that everyone has.
+    pub fn ranges(ranges: usize) -> Self {
+        Self { ranges, tombstones: TOMBSTONES, tombstone_life: TOMBSTONE_LIFE }
+    }
+}
+
+/// A revoked tag as it is told to others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TagRevoked {
+    /// Which.
+    pub tag: Tag,
+    /// In which epoch.
+    pub epoch: Epoch,
+    /// How long its tombstone has stood.
+    pub age: Duration,
+}
+
+/// Revocations as they travel: to a peer, and from an engine that attaches again.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RevocationList {
+    /// The newest revocation there is, in the list or not.
+    pub epoch: Epoch,
+    /// Whoever was admitted below it is refused.
+    pub floor: Epoch,
+    /// Ranges, each with the epoch in which it was revoked.
+    pub ranges: Vec<(Epoch, AddressRange)>,
+    /// Tags.
+    pub tags: Vec<TagRevoked>,
+}
+
+/// What speaks against a transfer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hit {
+    /// It was admitted under an epoch that the endpoint has not reached: its peer remembers a past that was not
+    /// handed over, and what was revoked in it is not known here.
+    Future,
+    /// It was admitted before revocations that are not remembered one by one.
+    Floor,
+    /// Its tag.
+    Tag,
+    /// This run of it touches a range revoked after it was admitted.
+    Run(usize),
+}
+
+/// What a caller is told of a hit. `index` is the run at fault.
+impl From<Hit> for Failure {
+    fn from(hit: Hit) -> Self {
+        let text = match hit {
+            Hit::Future => "admitted under an epoch that the endpoint has not reached",
+            Hit::Floor => "admitted before revocations that are not remembered one by one",
+            Hit::Tag => "its tag was revoked",
+            Hit::Run(_) => "its memory was revoked after it was admitted",
+        };
+        let failure = Failure::new(Reason::Revoked, text);
+        match hit {
+            Hit::Run(run) => failure.at(run as u64),
+            Hit::Future | Hit::Floor | Hit::Tag => failure,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Span {
+    end: u64,
+    epoch: Epoch,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Tombstone {
+    expires: Instant,
+    epoch: Epoch,
+}
+
+/// The revocations of one endpoint.
+#[derive(Clone, Debug)]
+pub struct Revocations {
+    limits: RevocationLimits,
+    epoch: Epoch,
+    floor: Epoch,
+    /// Of ranges alone.
+    newest_range: Epoch,
+    /// By first address; disjoint.
+    spans: BTreeMap<u64, Span>,
+    tombstones: BTreeMap<Tag, Tombstone>,
+    by_expiry: BTreeSet<(Instant, Tag)>,
+}
+
+impl Revocations {
+    /// Nothing revoked yet.
+    pub fn new(limits: RevocationLimits) -> Self {
+        Self {
+            limits,
+            epoch: Epoch(0),
+            floor: Epoch(0),
+            newest_range: Epoch(0),
+            spans: BTreeMap::new(),
+            tombstones: BTreeMap::new(),
+            by_expiry: BTreeSet::new(),
+        }
+    }
+
+    /// What was revoked before, elsewhere. Tombstones that are past their time are left out.
+    ///
+    /// # Errors
+    /// `BadArgument` where the list contradicts itself, `Limit` for more tombstones than there may be.
+    pub fn restore(limits: RevocationLimits, list: RevocationList, now: Instant) -> Result<Self, Failure> {
+        let RevocationList { epoch, floor, mut ranges, tags } = list;
+        let later = ranges.iter().map(|(at, _)| *at).chain(tags.iter().map(|tag| tag.epoch)).max();
+        if later.max(Some(floor)) > Some(epoch) {
+            let message = format!("revocations: an entry is newer than the epoch they tell of, {epoch}");
+            return Err(Failure::new(Reason::BadArgument, message));
+        }
+        if epoch > MAX_EPOCH {
+            return Err(Failure::new(Reason::BadArgument, format!("revocations: {epoch} is no epoch")));
+        }
+        if tags.len() > limits.tombstones {
+            let message =
+                format!("revocations: {} tombstones, {} is the limit", tags.len(), limits.tombstones);
+            return Err(Failure::new(Reason::Limit, message));
+        }
+        let mut all = Self { epoch, floor, newest_range: floor, ..Self::new(limits) };
+        // Oldest first, so that of what overlaps the newest stays.
+        ranges.sort_unstable_by_key(|(at, _)| *at);
+        for (at, range) in ranges {
+            all.lay(range, at);
+            all.newest_range = at.max(floor);
+        }
+        all.make_room();
+        for TagRevoked { tag, epoch, age } in tags {
+            if age < limits.tombstone_life {
+                all.bury(tag, Tombstone { expires: now + (limits.tombstone_life - age), epoch });
+            }
+        }
+        Ok(all)
+    }
+
+    /// Raises the epoch: from now on these ranges refuse whoever was admitted before it.
+    pub fn revoke(&mut self, ranges: Vec<AddressRange>) -> Epoch {
+        self.epoch.0 += 1;
+        self.newest_range = self.epoch;
+        let ranges = AddressRange::join(ranges);
+        if ranges.len() > self.limits.ranges {
+            // More than can be remembered: everyone admitted so far is refused.
+            self.floor = self.epoch;
+            self.spans.clear();
+            return self.epoch;
+        }
+        for range in ranges {
+            self.lay(range, self.epoch);
+        }
+        self.make_room();
+        self.epoch
+    }
+
+    /// Raises the epoch: from now on, and for the life of a tombstone, whoever carries the tag is refused.
+    /// Revoked again, its time begins anew.
+    ///
+    /// # Errors
+    /// `Limit` when the table is full: nothing is forgotten early.
+    pub fn revoke_tag(&mut self, tag: Tag, now: Instant) -> Result<Epoch, Failure> {
+        self.expire(now);
+        if self.tombstones.len() >= self.limits.tombstones && !self.tombstones.contains_key(&tag) {
+            let first = self.by_expiry.first().map_or(now, |(expires, _)| *expires);
+            let message = format!(
+                "{} tags are revoked; the next is forgotten in {} s",
+                self.tombstones.len(),
+                first.saturating_duration_since(now).as_secs()
+            );
+            return Err(Failure::new(Reason::Limit, message));
+        }
+        self.epoch.0 += 1;
+        self.bury(tag, Tombstone { expires: now + self.limits.tombstone_life, epoch: self.epoch });
+        Ok(self.epoch)
+    }
+
+    /// Whether a transfer admitted under this epoch, with this tag, may touch these runs (address, bytes).
+    ///
+    /// # Errors
+    /// What speaks against it; of several runs the first.
+    pub fn judge(
+        &self,
+        admitted: Epoch,
+        tag: Option<Tag>,
+        runs: impl IntoIterator<Item = (u64, u64)>,
+        now: Instant,
+    ) -> Result<(), Hit> {
+        if admitted > self.epoch { Err(Hit::Future) } else { self.judge_known(admitted, tag, runs, now) }
+    }
+
+    /// As [`Revocations::judge`] with a peer's list: a transfer may have been admitted under a newer epoch than a
+    /// message tells of.
+    ///
+    /// # Errors
+    /// What speaks against it; of several runs the first.
+    pub fn judge_known(
+        &self,
+        admitted: Epoch,
+        tag: Option<Tag>,
+        runs: impl IntoIterator<Item = (u64, u64)>,
+        now: Instant,
+    ) -> Result<(), Hit> {
+        if admitted < self.floor {
+            return Err(Hit::Floor);
+        }
+        if tag.is_some_and(|tag| self.refuses(tag, now)) {
+            return Err(Hit::Tag);
+        }
+        if admitted >= self.newest_range || self.spans.is_empty() {
+            return Ok(());
+        }
+        let hit = runs.into_iter().position(|(address, bytes)| self.touches(address, bytes, admitted));
+        hit.map_or(Ok(()), |run| Err(Hit::Run(run)))
+    }
+
+    /// Whether a tombstone stands for the tag.
+    pub fn refuses(&self, tag: Tag, now: Instant) -> bool {
+        self.tombstones.get(&tag).is_some_and(|tombstone| now < tombstone.expires)
+    }
+
+    /// Forgets tombstones that are past their time.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some(&(expires, tag)) = self.by_expiry.first()
+            && expires <= now
+        {
+            self.by_expiry.pop_first();
+            self.tombstones.remove(&tag);
+        }
+    }
+
+    /// What is newer than `told`, and the floor.
+    pub fn since(&self, told: Epoch, now: Instant) -> RevocationList {
+        let range = |(&base, span): (&u64, &Span)| {
+            let range = AddressRange::new(base, span.end - base).ok()?;
+            (span.epoch > told).then_some((span.epoch, range))
+        };
+        let tag = |(&tag, tombstone): (&Tag, &Tombstone)| {
+            let left = tombstone.expires.saturating_duration_since(now);
+            let age = self.limits.tombstone_life.saturating_sub(left);
+            (tombstone.epoch > told && !left.is_zero()).then_some(TagRevoked {
+                tag,
+                epoch: tombstone.epoch,
+                age,
+            })
+        };
+        RevocationList {
+            epoch: self.epoch,
+            floor: self.floor,
+            ranges: self.spans.iter().filter_map(range).collect(),
+            tags: self.tombstones.iter().filter_map(tag).collect(),
+        }
+    }
+
+    /// How often was revoked.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Whoever was admitted below it is refused.
+    pub fn floor(&self) -> Epoch {
+        self.floor
+    }
+
+    /// The newest revocation of a range: whoever was admitted under it, or later, is refused by a tag alone.
+    pub fn newest_range(&self) -> Epoch {
+        self.newest_range
+    }
+
+    /// Tombstones kept, those past their time included.
+    pub fn tombstones(&self) -> usize {
+        self.tombstones.len()
+    }
+
+    fn touches(&self, address: u64, bytes: u64, admitted: Epoch) -> bool {
+        let end = address.saturating_add(bytes);
+        let before = self.spans.range(..address).next_back().filter(|(_, span)| span.end > address);
+        let within = self.spans.range(address..end.max(address));
+        bytes > 0 && before.into_iter().chain(within).any(|(_, span)| span.epoch > admitted)
+    }
+
+    /// Puts a range over whatever lies there: none of that is newer.
+    fn lay(&mut self, range: AddressRange, epoch: Epoch) {
+        if let Some((_, before)) = self.spans.range_mut(..range.base()).next_back()
+            && before.end > range.base()
+        {
+            let whole = *before;
+            before.end = range.base();
+            self.keep_tail(whole, range);
+        }
+        while let Some((&base, &span)) = self.spans.range(range.base()..range.end()).next() {
+            self.spans.remove(&base);
+            self.keep_tail(span, range);
+        }
+        self.spans.insert(range.base(), Span { end: range.end(), epoch });
+    }
+
+    fn keep_tail(&mut self, span: Span, range: AddressRange) {
+        if span.end > range.end() {
+            self.spans.insert(range.end(), span);
+        }
+    }
+
+    fn make_room(&mut self) {
+        if self.spans.len() <= self.limits.ranges {
+            return;
+        }
+        let mut epochs: Vec<Epoch> = self.spans.values().map(|span| span.epoch).collect();
+        epochs.sort_unstable_by(|a, b| b.cmp(a));
+        // What is left of an epoch of which some spans go would hit nobody whom the floor lets pass.
+        self.floor = epochs[self.limits.ranges].max(self.floor);
+        self.spans.retain(|_, span| span.epoch > self.floor);
+    }
+
+    fn bury(&mut self, tag: Tag, tombstone: Tombstone) {
+        if let Some(earlier) = self.tombstones.insert(tag, tombstone) {
+            self.by_expiry.remove(&(earlier.expires, tag));
+        }
+        self.by_expiry.insert((tombstone.expires, tag));
+    }
+}
+
+#[cfg(test)]
+mod tests;
