@@ -206,9 +206,10 @@ impl Conversation {
                     let table = convert::table_out(&self.target.inbound.memory().view(), 0);
                     self.say(ToInitiator::Table(table)).await
                 }
-                at = beat.tick() => {
+                _ = beat.tick() => {
                     let overslept = Life::overslept(planned_beat);
-                    planned_beat = at.into_std() + timing.heartbeat;
+                    // From now, not from when this one was due: a sleep is slept once.
+                    planned_beat = Instant::now() + timing.heartbeat;
                     sequence += 1;
                     self.beat(sequence);
                     life.judge(session.pulse(), overslept, &timing)
