@@ -36,6 +36,8 @@ pub(super) struct Record {
     /// The end of the stream to the target.
     kept: Mutex<Vec<u8>>,
     replays: mpsc::Sender<Vec<u8>>,
+    /// What a storm has in store for it, if it carries data.
+    fate: Option<Fault>,
 }
 
 #[derive(Debug, Default)]
@@ -53,7 +55,7 @@ impl Flow {
 }
 
 impl Record {
-    pub(super) fn new() -> (Arc<Self>, mpsc::Receiver<Vec<u8>>) {
+    pub(super) fn new(fate: Option<Fault>) -> (Arc<Self>, mpsc::Receiver<Vec<u8>>) {
         let (replays, orders) = mpsc::channel(4);
         let record = Self {
             kind: OnceLock::new(),
@@ -62,6 +64,7 @@ impl Record {
             ended: AtomicBool::new(false),
             kept: Mutex::default(),
             replays,
+            fate,
         };
         (Arc::new(record), orders)
     }
@@ -252,7 +255,11 @@ impl Pump<'_> {
         // An answer before the first byte of a connection has no kind, and no fault.
         let Some(kind) = self.record.kind() else { return (bytes.len(), None) };
         let mut allowed = (bytes.len(), None);
-        for fault in self.shared.strikes(kind, hits) {
+        let fate = self.record.fate.filter(|fate| kind == Kind::Data && hits(*fate));
+        if fate.is_some() {
+            self.shared.struck.fetch_add(1, SeqCst);
+        }
+        for fault in self.shared.strikes(kind, hits).into_iter().chain(fate) {
             match fault {
                 Fault::CutAfter { bytes: limit, how, .. } => {
                     let pass = (limit - begin) as usize;
