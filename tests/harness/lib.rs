@@ -21,6 +21,7 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod scene;
+pub mod soak;
 pub mod wire;
 
 use std::{
