@@ -11,6 +11,7 @@ pub mod canvas;
 pub mod daemon;
 pub mod dice;
 pub mod engine;
+pub mod faulty;
 pub mod handover;
 pub mod late;
 pub mod oracle;

@@ -128,7 +128,8 @@ pub struct Passed {
 struct Controls {
     target: SocketAddr,
     refuse: bool,
-    hold: bool,
+    /// Toward the target, toward the client.
+    hold: [bool; 2],
     /// Bytes a second, each data connection, each direction.
     throttle: Option<u64>,
     storm: Option<Storm>,
@@ -186,7 +187,7 @@ impl Proxy {
         let controls = Controls {
             target,
             refuse: false,
-            hold: false,
+            hold: [false; 2],
             throttle: None,
             storm: None,
             cut: (0, Cut::Fin),
@@ -224,7 +225,12 @@ impl Proxy {
 
     /// Lets nothing pass in either direction and says nothing: a black hole.
     pub fn hold(&self, on: bool) {
-        self.controls.send_modify(|controls| controls.hold = on);
+        self.controls.send_modify(|controls| controls.hold = [on; 2]);
+    }
+
+    /// A black hole in one direction only.
+    pub fn hold_toward(&self, toward: Toward, on: bool) {
+        self.controls.send_modify(|controls| controls.hold[toward as usize] = on);
     }
 
     /// Limits each data connection to so many bytes a second in each direction.
@@ -258,6 +264,13 @@ impl Proxy {
         let records = self.shared.records();
         let newest = records.iter().rev().find(|record| record.kind() == Some(Kind::Data));
         newest.context("no data connection")?.replay(begin)
+    }
+
+    /// What the newest connection of a kind began with, toward the target: at most its first 64 KiB. For a stranger to
+    /// say once more.
+    pub fn head(&self, kind: Kind) -> Option<Vec<u8>> {
+        let records = self.shared.records();
+        records.iter().rev().find(|record| record.kind() == Some(kind)).map(|record| record.head())
     }
 
     /// What has passed, by connection in the order they came; the newest 4096 of them.
