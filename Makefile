@@ -9,7 +9,7 @@ ARGS       ?=
 KVFERRY    := $(TARGET_DIR)/release/kvferry
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint late-writes soak bench release install clean
+.PHONY: help demo test test-full lint late-writes late-writes-peers soak bench release install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,11 @@ late-writes: ## is memory touched after a terminal answer? every probe RUNS=100 
 	@tests/prepare.sh demo
 	cargo build --locked --release -p kvferryd -p kvferry-tests --bins
 	$(TARGET_DIR)/release/late-writes $(RUNS)
+
+late-writes-peers: ## the same probe against what users have today: it must find late bytes there, or it is blind
+	@tests/prepare.sh late-writes-peers
+	@tests/peers/prepare.sh $(abspath $(TARGET_DIR))/peers
+	$(TARGET_DIR)/peers/python tests/peers/late_writes.py
 
 MINUTES ?= 2
 soak: ## load on paths that keep failing, for MINUTES=2; 1 where a byte is wrong or late, or a session is lost

@@ -3,6 +3,7 @@
 
 use anyhow::ensure;
 use harness::late;
+use kvferry_client::Path;
 
 /// Usage: `late-writes [RUNS]`, 100 by default.
 fn main() -> anyhow::Result<()> {
@@ -12,7 +13,8 @@ fn main() -> anyhow::Result<()> {
     println!("control: {impatient} late bytes for an engine that does not wait for the answer");
     ensure!(impatient > 0, "the probes are blind");
     println!("{}", late::heading());
-    let rows = late::run(runs, |row| println!("{row}"))?;
+    let mut rows = late::run(Path::Tcp, runs, |row| println!("{row}"))?;
+    rows.extend(late::run(Path::Local, runs, |row| println!("{row}"))?);
     let late: u64 = rows.iter().map(|row| row.late).sum();
     ensure!(late == 0, "{late} bytes were late");
     ensure!(rows.iter().all(late::Row::proves_something), "in some row too little was in flight");

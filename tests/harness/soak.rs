@@ -71,7 +71,7 @@ pub fn run(seed: u64, lasts: Duration) -> anyhow::Result<Verdict> {
         .map(|number| Decode::new(number, &nodes, prefill.clone(), dice.fork(number.into())))
         .collect::<Result<_, _>>()?;
     let mut watch =
-        Watch::new(&[("prefill's daemon", &nodes.initiator()), ("decodes' daemon", &nodes.target())]);
+        Watch::new(&[("prefill's daemon", nodes.initiator()), ("decodes' daemon", nodes.target())]);
     thread::scope(|scope| {
         let working: Vec<_> = decodes.iter_mut().map(|decode| scope.spawn(|| decode.work(until))).collect();
         while working.iter().any(|decode| !decode.is_finished()) {

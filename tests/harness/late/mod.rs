@@ -147,22 +147,20 @@ pub fn impatient() -> anyhow::Result<u64> {
     run::impatient(&mut Stage::new(Path::Tcp)?)
 }
 
-/// All probes over all paths, so many runs each; every row is shown as soon as it is there.
+/// All probes over a path, so many runs each; every row is shown as soon as it is there.
 ///
 /// # Errors
 /// Where something else than what is probed went wrong.
-pub fn run(runs: u32, mut show: impl FnMut(&Row)) -> anyhow::Result<Vec<Row>> {
+pub fn run(path: Path, runs: u32, mut show: impl FnMut(&Row)) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for path in [Path::Tcp, Path::Local] {
-        for probe in Probe::ALL.into_iter().filter(|probe| probe.applies_to(path)) {
-            let mut stage = Stage::new(path)?;
-            let mut row = Row::new(probe, path);
-            for number in 0..runs {
-                row.add(&run::run(&mut stage, probe, number)?);
-            }
-            show(&row);
-            rows.push(row);
+    for probe in Probe::ALL.into_iter().filter(|probe| probe.applies_to(path)) {
+        let mut stage = Stage::new(path)?;
+        let mut row = Row::new(probe, path);
+        for number in 0..runs {
+            row.add(&run::run(&mut stage, probe, number)?);
         }
+        show(&row);
+        rows.push(row);
     }
     Ok(rows)
 }
