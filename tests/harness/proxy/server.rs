@@ -78,14 +78,16 @@ impl Server {
                         return;
                     }
                 }
-                Ok((client, _)) = accept => self.take(client, &controls, &mut tasks),
+                Ok((client, _)) = accept => self.take(client, &mut tasks),
                 Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
             }
         }
     }
 
-    fn take(&mut self, client: TcpStream, controls: &Controls, tasks: &mut JoinSet<()>) {
+    fn take(&mut self, client: TcpStream, tasks: &mut JoinSet<()>) {
         self.taken += 1;
+        // As they are now: what was ordered before a connection began holds for it.
+        let controls = self.controls.borrow().clone();
         let fate = controls.storm.as_ref().map(|storm| {
             let passes = Dice::new(storm.seed).fork(self.taken).within(storm.bytes.clone());
             Fault::CutAfter { toward: Toward::Target, bytes: passes, how: storm.how }

@@ -84,7 +84,7 @@ fn a_cut_lets_exactly_its_bytes_pass() {
     let mut all = Vec::new();
     server.read_to_end(&mut all).unwrap();
     assert_eq!(all.len(), 100_000);
-    assert!(line.proxy.stats()[0].ended);
+    crate::eventually("the record says so", LIMIT, || line.proxy.stats()[0].ended);
 }
 
 #[test]
