@@ -32,6 +32,8 @@ const FAIL_FAST: &str = "[session]\nfailure_threshold = 1\n";
 struct Weather {
     transfers: u64,
     largest: u64,
+    /// The higher, the fewer are large.
+    skew: i32,
     cut_after: Range<u64>,
     least_cuts: u64,
 }
@@ -39,16 +41,22 @@ struct Weather {
 impl Weather {
     fn of_now() -> Self {
         if harness::long() {
-            Self { transfers: 10_000, largest: 64 * MIB, cut_after: 2 * MIB..32 * MIB, least_cuts: 500 }
+            Self {
+                transfers: 10_000,
+                largest: 64 * MIB,
+                skew: 6,
+                cut_after: 2 * MIB..32 * MIB,
+                least_cuts: 500,
+            }
         } else {
-            Self { transfers: 300, largest: 8 * MIB, cut_after: 2 * MIB..16 * MIB, least_cuts: 8 }
+            Self { transfers: 300, largest: 8 * MIB, skew: 2, cut_after: 2 * MIB..16 * MIB, least_cuts: 8 }
         }
     }
 
     /// Mostly small, some large: between 64 KiB and the largest.
     fn size(&self, dice: &mut Dice) -> u64 {
         let octaves = ((self.largest / (64 * KIB)) as f64).log2();
-        let size = 64.0 * KIB as f64 * (octaves * dice.unit().powi(2)).exp2();
+        let size = 64.0 * KIB as f64 * (octaves * dice.unit().powi(self.skew)).exp2();
         (size as u64).min(self.largest)
     }
 }
