@@ -9,10 +9,10 @@ ARGS       ?=
 KVFERRY    := $(TARGET_DIR)/release/kvferry
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench release install clean
+.PHONY: help demo test test-full lint late-writes late-writes-peers soak bench release install clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo '  What a target needs and this machine lacks is installed with apt; KVFERRY_NO_INSTALL=1 forbids it.'
 
 demo: ## two daemons, real engine processes, every byte checked (about a minute after the build)
@@ -38,6 +38,23 @@ test-full: ## the long cases, against the release build of the daemon
 lint: ## formatting and lints, warnings denied
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+RUNS ?= 100
+late-writes: ## is memory touched after a terminal answer? every probe RUNS=100 times; 1 on any late byte
+	@tests/prepare.sh demo
+	cargo build --locked --release -p kvferryd -p kvferry-tests --bins
+	$(TARGET_DIR)/release/late-writes $(RUNS)
+
+late-writes-peers: ## the same probe against what users have today: it must find late bytes there, or it is blind
+	@tests/prepare.sh late-writes-peers
+	@tests/peers/prepare.sh $(abspath $(TARGET_DIR))/peers
+	$(TARGET_DIR)/peers/python tests/peers/late_writes.py
+
+MINUTES ?= 2
+soak: ## load on paths that keep failing, for MINUTES=2; 1 where a byte is wrong or late, or a session is lost
+	@tests/prepare.sh demo
+	cargo build --locked --release -p kvferryd -p kvferry-tests --bins
+	$(TARGET_DIR)/release/soak $$(($(MINUTES) * 60))
 
 bench: ## every workload over tcp and within one daemon, beside the raw limits of this machine
 	@tests/prepare.sh demo

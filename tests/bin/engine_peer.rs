@@ -12,7 +12,9 @@ use std::{
 use anyhow::Context;
 use harness::{
     batch,
+    canvas::Canvas,
     oracle::Pool,
+    painter::Painter,
     wire::{self, Answer, Command, Ended},
 };
 use kvferry_client::{Engine, EngineOptions, Error, Memory, Policy, SharedBuffer, Transfer};
@@ -37,6 +39,7 @@ fn main() -> anyhow::Result<()> {
 struct Peer {
     engine: Option<Engine>,
     pool: Option<Pool>,
+    painter: Option<Painter>,
     /// Kept until the end: registered.
     buffers: Vec<SharedBuffer>,
 }
@@ -71,12 +74,36 @@ impl Peer {
                 Ok(Answer::Noted)
             }
             Command::Verify => Ok(Answer::Verdict(self.pool.as_ref().context("no pool")?.verify())),
+            Command::HandOver { range, stamp } => {
+                self.pool.as_mut().context("no pool")?.hand_over(range, stamp);
+                Ok(Answer::Noted)
+            }
+            Command::Forget { range } => {
+                self.pool.as_mut().context("no pool")?.forget(range);
+                Ok(Answer::Noted)
+            }
+            Command::Canvas { length, margin } => {
+                let engine = self.engine.clone().context("not attached")?;
+                let painter = self.painter.insert(Painter::new(engine, Canvas::new(length, margin)?)?);
+                let canvas = painter.canvas();
+                Ok(Answer::Canvas { address: canvas.address(), descriptor: canvas.descriptor() })
+            }
+            Command::Paint { shade } => Ok(Answer::Painted(self.painter()?.canvas().paint(shade)?)),
+            Command::Begin(begin) => self.painter()?.begin(begin).map(|()| Answer::Noted),
+            Command::Cancel => self.painter()?.cancel().map(|()| Answer::Noted),
+            Command::Outcome => self.painter()?.outcome().map(Answer::Report),
+            Command::Unregister { shade } => self.painter()?.unregister(shade).map(|()| Answer::Noted),
+            Command::Register => self.painter()?.register().map(|()| Answer::Noted),
             Command::Fork => fork(),
             Command::Exec => {
                 let error = std::process::Command::new("sleep").arg("60").exec();
                 Err(error).context("exec")
             }
         }
+    }
+
+    fn painter(&mut self) -> anyhow::Result<&mut Painter> {
+        self.painter.as_mut().context("no canvas")
     }
 
     fn register_at_once(&mut self, buffers: usize, length: u64) -> anyhow::Result<Answer> {

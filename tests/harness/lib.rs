@@ -7,16 +7,22 @@
 #![allow(clippy::unwrap_used, reason = "a harness that cannot set its scene up has nothing better to do")]
 
 pub mod batch;
+pub mod canvas;
 pub mod daemon;
+pub mod dice;
 pub mod engine;
+pub mod faulty;
 pub mod handover;
+pub mod late;
 pub mod oracle;
+pub mod painter;
 pub mod pairwise;
 pub mod pattern;
 pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod scene;
+pub mod soak;
 pub mod wire;
 
 use std::{

@@ -1,12 +1,13 @@
 //! What a suite says to an engine process and hears from it: one JSON value a line, one answer a command.
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use kvferry_client::{Error, Failure, Op, Outcome, Path, Reason, Report};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     batch::Move,
+    canvas::{Census, Shade},
     oracle::{Kind, Verdict},
     pattern::Stamp,
 };
@@ -58,10 +59,66 @@ pub enum Command {
     },
     /// Read the whole pool.
     Verify,
+    /// The range goes to another owner, who overwrites it at once.
+    HandOver {
+        /// In the pool.
+        range: Range<u64>,
+        /// Of the new owner.
+        stamp: Stamp,
+    },
+    /// Nobody knows what is in the range.
+    Forget {
+        /// In the pool.
+        range: Range<u64>,
+    },
+    /// Register a [canvas](crate::canvas).
+    Canvas {
+        /// Bytes that are painted and judged.
+        length: u64,
+        /// Bytes behind them.
+        margin: u64,
+    },
+    /// Give the canvas a shade.
+    Paint {
+        /// Which.
+        shade: Shade,
+    },
+    /// Begin a transfer between the canvas and a peer's memory.
+    Begin(Begin),
+    /// Cancel it, until that is settled.
+    Cancel,
+    /// Wait for its end.
+    Outcome,
+    /// Take the canvas back, until that is settled, and paint it at once.
+    Unregister {
+        /// Where no transfer of this engine says another.
+        shade: Shade,
+    },
+    /// Register the canvas again.
+    Register,
     /// Fork a child that holds every descriptor and does nothing, for at most a minute.
     Fork,
     /// Become another program, without a further word.
     Exec,
+}
+
+/// A transfer of slices of one length between the canvas and a peer's memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Begin {
+    /// The peer's session id.
+    pub session: String,
+    /// True: WRITE; false: READ.
+    pub write: bool,
+    /// Offsets in the canvas.
+    pub local: Vec<u64>,
+    /// Addresses in the peer's address space.
+    pub remote: Vec<u64>,
+    /// Bytes of each.
+    pub length: u64,
+    /// No retry.
+    pub once: bool,
+    /// What the canvas is painted with at the terminal answer.
+    pub shade: Option<Shade>,
 }
 
 /// What came of it.
@@ -85,8 +142,17 @@ pub enum Answer {
     },
     /// To `Transfer`.
     Report(Ended),
-    /// To `Expect`.
+    /// To `Expect`, and whatever else has no more to say.
     Noted,
+    /// To `Canvas`.
+    Canvas {
+        /// Where it begins in the process's address space.
+        address: u64,
+        /// The process's descriptor of it.
+        descriptor: i32,
+    },
+    /// To `Paint`: what was there until then.
+    Painted(Census),
     /// To `Verify`.
     Verdict(Verdict),
     /// To `Fork`.
@@ -116,11 +182,29 @@ pub struct Ended {
     pub slices: u64,
     /// Bytes applied.
     pub bytes_done: u64,
+    /// The peer's half is proven too.
+    pub confirmed: bool,
+    /// DONE, FAILED or CANCELLED; REFUSED where the call was.
+    pub word: String,
     /// Everything the client library said, for messages.
     pub text: String,
 }
 
 impl Ended {
+    /// A call that was not carried out: nothing was begun.
+    pub fn refused(failure: &Failure) -> Self {
+        Self {
+            done: false,
+            reason: Some(number(failure)),
+            path: None,
+            slices: 0,
+            bytes_done: 0,
+            confirmed: true,
+            word: "REFUSED".to_owned(),
+            text: failure.to_string(),
+        }
+    }
+
     /// The typed reason.
     pub fn reason(&self) -> Option<Reason> {
         self.reason.and_then(|number| Reason::try_from(number).ok())
@@ -140,6 +224,8 @@ impl From<&Report> for Ended {
             path: report.path.map(|path| path as i32),
             slices: report.slices,
             bytes_done: report.bytes_done,
+            confirmed: report.peer_confirmed,
+            word: format!("{:?}", report.outcome).to_uppercase(),
             text: format!("{report:?}"),
         }
     }

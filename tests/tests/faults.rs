@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use harness::{
     batch::{self, Arrangement, Move},
-    eventually, oracle,
+    eventually,
+    faulty::{CONFIG, Faulty, WINDOW, megabytes},
+    oracle,
     pattern::Stamp,
     process::Signal,
-    proxy::{Cut, Fault, Kind, Passed, Proxy, Rule, Toward},
-    scene::{Peer, Scene, assert_reason, done, failed, once, request},
+    proxy::{Cut, Fault, Kind, Passed, Rule, Toward},
+    scene::{Peer, assert_reason, done, failed, once, request},
 };
-use kvferry_client::{Error, Failure, Op, Outcome, Path, Pending, Reason, Report, SessionState, Transfer};
+use kvferry_client::{Failure, Op, Outcome, Reason, SessionState, Transfer};
 use kvferry_proto::engine::v1::SessionInfo;
 
 const MIB: u64 = 1 << 20;
@@ -22,71 +24,6 @@ const LIMIT: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_millis(3000);
 /// What a verdict may cost beyond the time that its rule names.
 const SLACK: Duration = Duration::from_millis(500);
-/// A small window, so that what a cut can cost is far from the whole.
-const WINDOW: u64 = 8 * MIB;
-const CONFIG: &str = "[tcp]\nlanes = 1\nwindow_parts = 8\n";
-
-struct Faulty {
-    scene: Scene,
-    proxy: Proxy,
-}
-
-impl Faulty {
-    fn new(length: u64) -> Self {
-        Self::with_config(length, CONFIG)
-    }
-
-    fn with_config(length: u64, config: &str) -> Self {
-        let scene = Scene::with_config(Path::Tcp, length, config).unwrap();
-        let proxy = Proxy::start(scene.session()).unwrap();
-        Self { scene, proxy }
-    }
-
-    fn request(&self, op: Op, moves: &[Move]) -> Transfer {
-        let (local, remote) = (&self.scene.initiator.pool, &self.scene.target.pool);
-        request(op, &self.proxy.address(), moves, local, remote)
-    }
-
-    fn submit(&self, transfer: Transfer) -> Pending {
-        self.scene.initiator.engine.submit(transfer).unwrap()
-    }
-
-    fn transfer(&self, transfer: Transfer) -> Result<Report, Error> {
-        self.scene.initiator.engine.transfer(transfer)
-    }
-
-    /// Expects the moves where the direction brings them.
-    fn expect(&mut self, op: Op, moves: &[Move]) {
-        let Scene { initiator, target, .. } = &mut self.scene;
-        match op {
-            Op::Read => initiator.pool.expect(&target.pool, moves),
-            _ => target.pool.expect(&initiator.pool, moves),
-        }
-    }
-
-    /// A good transfer over the proxy, checked: it also follows on the lane whatever came before it.
-    fn works(&mut self, moves: &[Move]) -> Report {
-        let session = self.proxy.address();
-        self.scene.write_and_verify(&session, moves)
-    }
-
-    fn lanes_lost(&self) -> usize {
-        self.proxy.data().iter().filter(|passed| passed.ended).count()
-    }
-
-    /// Submits, and waits until payload flows, slowly.
-    fn begin(&self, transfer: Transfer) -> Pending {
-        self.proxy.throttle(Some(4 * MIB));
-        let before = self.proxy.data_bytes();
-        let pending = self.submit(transfer);
-        eventually("payload flows", LIMIT, || self.proxy.data_bytes() > before + MIB);
-        pending
-    }
-}
-
-fn megabytes(count: u64) -> Vec<Move> {
-    Arrangement::Adjacent.moves(count, MIB)
-}
 
 fn cut(toward: Toward, bytes: u64, how: Cut, times: u32) -> Rule {
     Rule { kind: Kind::Data, fault: Fault::CutAfter { toward, bytes, how }, times }

@@ -153,9 +153,11 @@ impl Driver {
                 Some(command) = commands.recv() => self.command(command),
                 Some(report) = reports.recv() => self.report(report),
                 Ok(()) = changes.changed() => self.feed(Event::LocalRegionsRetired),
-                at = beat.tick() => {
+                _ = beat.tick() => {
                     let overslept = Life::overslept(planned_beat);
-                    planned_beat = at.into_std() + self.context.timing.heartbeat;
+                    // From now, not from when this one was due: a sleep is slept once, and must not be held
+                    // against the session that was opened after it.
+                    planned_beat = Instant::now() + self.context.timing.heartbeat;
                     self.beat(overslept);
                 }
                 () = sleep_until(wake) => self.feed(Event::Tick),

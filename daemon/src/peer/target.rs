@@ -223,9 +223,10 @@ impl Conversation {
                     self.say(ToInitiator::Table(table)).await
                 }
                 Ok(()) = self.news.changed() => self.tell_revocations().await,
-                at = beat.tick() => {
+                _ = beat.tick() => {
                     let overslept = Life::overslept(planned_beat);
-                    planned_beat = at.into_std() + timing.heartbeat;
+                    // From now, not from when this one was due: a sleep is slept once.
+                    planned_beat = Instant::now() + timing.heartbeat;
                     sequence += 1;
                     self.beat(sequence);
                     life.judge(session.pulse(), overslept, &timing)

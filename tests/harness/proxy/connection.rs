@@ -33,9 +33,13 @@ pub(super) struct Record {
     to_target: Flow,
     to_client: Flow,
     ended: AtomicBool,
-    /// The end of the stream to the target.
+    /// The begin of the stream to the target, at most a chunk.
+    head: Mutex<Vec<u8>>,
+    /// The end of it, of a data connection.
     kept: Mutex<Vec<u8>>,
     replays: mpsc::Sender<Vec<u8>>,
+    /// What a storm has in store for it, if it carries data.
+    fate: Option<Fault>,
 }
 
 #[derive(Debug, Default)]
@@ -53,15 +57,17 @@ impl Flow {
 }
 
 impl Record {
-    pub(super) fn new() -> (Arc<Self>, mpsc::Receiver<Vec<u8>>) {
+    pub(super) fn new(fate: Option<Fault>) -> (Arc<Self>, mpsc::Receiver<Vec<u8>>) {
         let (replays, orders) = mpsc::channel(4);
         let record = Self {
             kind: OnceLock::new(),
             to_target: Flow::default(),
             to_client: Flow::default(),
             ended: AtomicBool::new(false),
+            head: Mutex::default(),
             kept: Mutex::default(),
             replays,
+            fate,
         };
         (Arc::new(record), orders)
     }
@@ -91,7 +97,18 @@ impl Record {
         Ok(length)
     }
 
+    pub(super) fn head(&self) -> Vec<u8> {
+        self.head.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn keep(&self, bytes: &[u8]) {
+        let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = CHUNK - head.len();
+        head.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        drop(head);
+        if self.kind() != Some(Kind::Data) {
+            return;
+        }
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend_from_slice(bytes);
         let surplus = kept.len().saturating_sub(KEPT);
@@ -216,9 +233,10 @@ impl Pump<'_> {
             self.record.kind.get_or_init(|| Kind::of(buffer[0]));
         }
         let begin = self.flow().read.fetch_add(count as u64, SeqCst);
+        let toward = self.toward;
         // A black hole swallows the end of a connection too. The sender is kept by the handle, which outlives
         // this task: an error cannot mean "go on".
-        if self.controls.wait_for(|controls| !controls.hold).await.is_err() {
+        if self.controls.wait_for(|controls| !controls.hold[toward as usize]).await.is_err() {
             return Ok(Next::Cut(Cut::Fin));
         }
         let read = read?;
@@ -228,7 +246,7 @@ impl Pump<'_> {
         let bytes = &mut buffer[..read];
         let (allowed, cut) = self.apply(begin, bytes);
         to.write_all(&bytes[..allowed]).await?;
-        if self.toward == Toward::Target && self.record.kind() == Some(Kind::Data) {
+        if self.toward == Toward::Target {
             self.record.keep(&bytes[..allowed]);
         }
         self.flow().handed_on.fetch_add(allowed as u64, SeqCst);
@@ -252,7 +270,11 @@ impl Pump<'_> {
         // An answer before the first byte of a connection has no kind, and no fault.
         let Some(kind) = self.record.kind() else { return (bytes.len(), None) };
         let mut allowed = (bytes.len(), None);
-        for fault in self.shared.strikes(kind, hits) {
+        let fate = self.record.fate.filter(|fate| kind == Kind::Data && hits(*fate));
+        if fate.is_some() {
+            self.shared.struck.fetch_add(1, SeqCst);
+        }
+        for fault in self.shared.strikes(kind, hits).into_iter().chain(fate) {
             match fault {
                 Fault::CutAfter { bytes: limit, how, .. } => {
                     let pass = (limit - begin) as usize;

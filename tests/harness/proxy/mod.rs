@@ -13,7 +13,12 @@ mod server;
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    ops::Range,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::SeqCst},
+        mpsc,
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -92,6 +97,17 @@ pub struct Rule {
     pub times: u32,
 }
 
+/// Every data connection that begins from now on is cut on its way to the target, each after another number of bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Storm {
+    /// Of the draws: the n-th connection of a proxy has the same fate with the same seed.
+    pub seed: u64,
+    /// Bytes that pass.
+    pub bytes: Range<u64>,
+    /// How it ends.
+    pub how: Cut,
+}
+
 /// What has passed over one connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Passed {
@@ -112,9 +128,11 @@ pub struct Passed {
 struct Controls {
     target: SocketAddr,
     refuse: bool,
-    hold: bool,
+    /// Toward the target, toward the client.
+    hold: [bool; 2],
     /// Bytes a second, each data connection, each direction.
     throttle: Option<u64>,
+    storm: Option<Storm>,
     /// Rises with each cut; connections older than it end.
     cut: (u64, Cut),
     stop: bool,
@@ -125,6 +143,8 @@ struct Controls {
 struct Shared {
     rules: Mutex<Vec<Rule>>,
     records: Mutex<Vec<Arc<Record>>>,
+    /// Connections that a storm has cut.
+    struck: AtomicU64,
 }
 
 impl Shared {
@@ -164,8 +184,15 @@ impl Proxy {
     /// Listens on a port of its own for connections to `target` (`host:port`).
     pub fn start(target: &str) -> anyhow::Result<Self> {
         let target = target.parse().with_context(|| format!("{target} is no address"))?;
-        let controls =
-            Controls { target, refuse: false, hold: false, throttle: None, cut: (0, Cut::Fin), stop: false };
+        let controls = Controls {
+            target,
+            refuse: false,
+            hold: [false; 2],
+            throttle: None,
+            storm: None,
+            cut: (0, Cut::Fin),
+            stop: false,
+        };
         let (controls, seen) = watch::channel(controls);
         let shared = Arc::<Shared>::default();
         let (started, address) = mpsc::sync_channel(1);
@@ -198,12 +225,27 @@ impl Proxy {
 
     /// Lets nothing pass in either direction and says nothing: a black hole.
     pub fn hold(&self, on: bool) {
-        self.controls.send_modify(|controls| controls.hold = on);
+        self.controls.send_modify(|controls| controls.hold = [on; 2]);
+    }
+
+    /// A black hole in one direction only.
+    pub fn hold_toward(&self, toward: Toward, on: bool) {
+        self.controls.send_modify(|controls| controls.hold[toward as usize] = on);
     }
 
     /// Limits each data connection to so many bytes a second in each direction.
     pub fn throttle(&self, bytes_per_second: Option<u64>) {
         self.controls.send_modify(|controls| controls.throttle = bytes_per_second);
+    }
+
+    /// Begins a storm, or ends it for connections that are yet to come.
+    pub fn storm(&self, storm: Option<Storm>) {
+        self.controls.send_modify(|controls| controls.storm = storm);
+    }
+
+    /// How many connections storms have cut.
+    pub fn struck(&self) -> u64 {
+        self.shared.struck.load(SeqCst)
     }
 
     /// Sends new connections elsewhere: another engine at a known address.
@@ -222,6 +264,13 @@ impl Proxy {
         let records = self.shared.records();
         let newest = records.iter().rev().find(|record| record.kind() == Some(Kind::Data));
         newest.context("no data connection")?.replay(begin)
+    }
+
+    /// What the newest connection of a kind began with, toward the target: at most its first 64 KiB. For a stranger to
+    /// say once more.
+    pub fn head(&self, kind: Kind) -> Option<Vec<u8>> {
+        let records = self.shared.records();
+        records.iter().rev().find(|record| record.kind() == Some(kind)).map(|record| record.head())
     }
 
     /// What has passed, by connection in the order they came; the newest 4096 of them.

@@ -13,9 +13,10 @@ use tokio::{
 };
 
 use super::{
-    Controls, Shared,
+    Controls, Fault, Shared, Toward,
     connection::{self, Record},
 };
+use crate::dice::Dice;
 
 /// Connections remembered.
 const RECORDS: usize = 4096;
@@ -25,11 +26,12 @@ const RECORDS: usize = 4096;
 pub(super) struct Server {
     controls: watch::Receiver<Controls>,
     shared: Arc<Shared>,
+    taken: u64,
 }
 
 impl Server {
     pub(super) fn new(controls: watch::Receiver<Controls>, shared: Arc<Shared>) -> Self {
-        Self { controls, shared }
+        Self { controls, shared, taken: 0 }
     }
 
     /// Tells its address once, then serves until it is told to stop.
@@ -76,14 +78,21 @@ impl Server {
                         return;
                     }
                 }
-                Ok((client, _)) = accept => self.take(client, controls.target, &mut tasks),
+                Ok((client, _)) = accept => self.take(client, &mut tasks),
                 Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
             }
         }
     }
 
-    fn take(&self, client: TcpStream, target: SocketAddr, tasks: &mut JoinSet<()>) {
-        let (record, replays) = Record::new();
+    fn take(&mut self, client: TcpStream, tasks: &mut JoinSet<()>) {
+        self.taken += 1;
+        // As they are now: what was ordered before a connection began holds for it.
+        let controls = self.controls.borrow().clone();
+        let fate = controls.storm.as_ref().map(|storm| {
+            let passes = Dice::new(storm.seed).fork(self.taken).within(storm.bytes.clone());
+            Fault::CutAfter { toward: Toward::Target, bytes: passes, how: storm.how }
+        });
+        let (record, replays) = Record::new(fate);
         let mut records = self.shared.records();
         if records.len() == RECORDS {
             records.remove(0);
@@ -91,7 +100,7 @@ impl Server {
         records.push(record.clone());
         tasks.spawn(connection::run(
             client,
-            target,
+            controls.target,
             self.controls.clone(),
             self.shared.clone(),
             record,

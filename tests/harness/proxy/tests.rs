@@ -84,7 +84,7 @@ fn a_cut_lets_exactly_its_bytes_pass() {
     let mut all = Vec::new();
     server.read_to_end(&mut all).unwrap();
     assert_eq!(all.len(), 100_000);
-    assert!(line.proxy.stats()[0].ended);
+    crate::eventually("the record says so", LIMIT, || line.proxy.stats()[0].ended);
 }
 
 #[test]
@@ -206,5 +206,26 @@ fn a_throttle_is_kept_and_ends() {
     assert!(took > Duration::from_millis(150), "{took:?}");
     line.proxy.throttle(None);
     client.write_all(&[0; 60_000]).unwrap();
+    read(&mut server, 60_000);
+}
+
+#[test]
+fn a_storm_cuts_each_connection_at_a_byte_of_its_own() {
+    let line = Line::new();
+    line.proxy.storm(Some(Storm { seed: 1, bytes: 1000..50_000, how: Cut::Fin }));
+    let passed = || {
+        let (mut client, mut server) = line.connect();
+        let _ = client.write_all(&[b'K'; 60_000]);
+        let mut all = Vec::new();
+        server.read_to_end(&mut all).unwrap();
+        all.len()
+    };
+    let lengths = [passed(), passed(), passed()];
+    assert!(lengths.iter().all(|length| (1000..50_000).contains(length)), "{lengths:?}");
+    assert!(lengths[0] != lengths[1] && lengths[1] != lengths[2], "{lengths:?}");
+    assert_eq!(line.proxy.struck(), 3);
+    line.proxy.storm(None);
+    let (mut client, mut server) = line.connect();
+    client.write_all(&[b'K'; 60_000]).unwrap();
     read(&mut server, 60_000);
 }
