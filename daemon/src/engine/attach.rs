@@ -5,10 +5,10 @@
 //! given back after (I10, I6).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
     sync::{Arc, Mutex, atomic::AtomicU64},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ed25519_dalek::SigningKey;
@@ -30,7 +30,7 @@ use crate::{
         target::Target,
     },
     policy::{HealthPolicy, RetryPolicy},
-    session::{identity, inbound::Inbound, outbound},
+    session::{identity, inbound::Inbound, outbound, outbound::Pin},
     transfer::log::{LogLimits, TransferLog},
 };
 
@@ -161,7 +161,9 @@ impl Node {
         let config = &resources.config;
         let memory = self.memory_for(caller);
         register_probe_region(&memory).await?;
-        let listener = resources.ports.listen(request.preferred_port)?;
+        let allowed = allowed(&config.paths(), &request.transports)?;
+        let incarnation = identity::incarnation(&request.key);
+        let listener = resources.ports.listen(request.preferred_port, incarnation)?;
         let port = listener
             .local_addr()
             .map_err(|error| Failure::io(Reason::PortUnavailable, "the endpoint's address", &error))?
@@ -169,7 +171,6 @@ impl Node {
         let session_id =
             session_id(request.advertise_host.unwrap_or_else(|| config.endpoint.advertised()), port);
         let timing = Timing { heartbeat: config.session.heartbeat(), silence: config.session.silence() };
-        let allowed = allowed(&config.paths(), &request.transports)?;
         let inbound = Inbound::new(memory.clone(), resources.carriers.clone(), config.limits.sessions);
         let target = Target::new(
             resources.boot,
@@ -188,9 +189,10 @@ impl Node {
             timeout: config.endpoint.handshake_timeout(),
             unclassified: config.endpoint.unclassified,
         };
-        let endpoint = Endpoint::open(listener, target.clone(), admission)
-            .map_err(|error| Failure::io(Reason::PortUnavailable, "listening on the endpoint", &error))?;
-        let incarnation = identity::incarnation(&request.key);
+        let endpoint = Endpoint::open(listener, target.clone(), admission).map_err(|error| {
+            resources.ports.give_back(port);
+            Failure::io(Reason::PortUnavailable, "listening on the endpoint", &error)
+        })?;
         let context = Arc::new(Context {
             boot: resources.boot,
             key: request.key,
@@ -230,11 +232,7 @@ impl Node {
                 peer_wait: config.fence.peer_wait(),
                 settle: config.fence.settle(),
             },
-            known_peers: request
-                .known_peers
-                .into_iter()
-                .map(|peer| (peer.session_id, peer.incarnation))
-                .collect(),
+            known_peers: Mutex::new(pins(request.known_peers, config.session.pin_idle())),
             max_sessions: config.limits.sessions,
             next_session: AtomicU64::new(0),
             sessions: Mutex::default(),
@@ -320,6 +318,12 @@ impl Engine {
         let mut tasks = std::mem::take(&mut *self.sessions()).tasks;
         while tasks.join_next().await.is_some() {}
     }
+}
+
+/// Whom an engine says it has met counts as met now: its pins do not outlast those of a daemon that stayed.
+fn pins(known: Vec<KnownPeer>, lapse: Duration) -> HashMap<SessionId, Pin> {
+    let until = Instant::now() + lapse;
+    known.into_iter().map(|peer| (peer.session_id, Pin { incarnation: peer.incarnation, until })).collect()
 }
 
 fn session_id(host: String, port: u16) -> SessionId {

@@ -57,6 +57,8 @@ pub struct Metrics {
     refused_handshakes: Family<Why, Counter>,
     /// Connections closed before they had said what they are.
     pub unclassified: Counter,
+    /// Writes of the record of ports that failed.
+    pub unrecorded_ports: Counter,
     /// Engines attached now.
     pub engines: Gauge,
     /// Transfers received and not ended.
@@ -88,6 +90,7 @@ impl Metrics {
             closed_lanes: Family::default(),
             refused_handshakes: Family::default(),
             unclassified: Counter::default(),
+            unrecorded_ports: Counter::default(),
             engines: Gauge::default(),
             active_transfers: Gauge::default(),
             regions: Gauge::default(),
@@ -118,6 +121,11 @@ impl Metrics {
             "unclassified_connections",
             "Connections closed before they had said what they are",
             self.unclassified.clone(),
+        );
+        r.register(
+            "port_record_failures",
+            "Writes of the record of ports that failed",
+            self.unrecorded_ports.clone(),
         );
         r.register("attached_engines", "Engines attached now", self.engines.clone());
         r.register("registered_regions", "Regions registered now", self.regions.clone());
