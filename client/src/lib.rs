@@ -37,10 +37,13 @@
 //! - The destination of a transfer that is not DONE is undefined, and a retry may mix source contents of
 //!   different moments.
 //! - [`Engine`] blocks, [`aio::Engine`] does not. Both keep one background thread, `kvferry-lease`.
+//! - A daemon restart is survived: the engine attaches again by itself, with its key, its port and everything
+//!   registered ([`Event::Reattached`]). Calls fail with [`Error::NoDaemon`] meanwhile.
 //! - Handles do not survive fork: a child gets [`Error::Forked`] and must attach for itself.
 //!
 //! The way of a call through the modules: `engine` or `aio` (whose thread, whose runtime) -> `caller` and
-//! `submit` (which messages, and what their loss means) -> `connection`. `holder` is the background thread.
+//! `submit` (which messages, and what their loss means) -> `connection`. `holder` is the background thread: `attach`
+//! and `reattach` begin a lease, `watch` sees its end.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod aio;
@@ -55,16 +58,23 @@ mod cuts;
 mod engine;
 mod error;
 mod event;
+mod facts;
 mod fds;
 mod fork;
+mod held;
 mod holder;
 mod lease;
 mod links;
 mod memory;
 mod node;
 mod options;
+mod peers;
+mod reattach;
+mod regions;
 mod submit;
 mod transfer;
+mod unsettled;
+mod watch;
 
 pub use buffer::SharedBuffer;
 pub use caller::Probe;
