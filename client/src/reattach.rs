@@ -75,7 +75,8 @@ async fn attempt(
     Ok(attached)
 }
 
-/// Registers everything again. What the daemon refuses by name is left out, and told.
+/// Registers everything again, in one call, even if it is nothing: until then the daemon keeps peers waiting. What
+/// it refuses by name is left out, and told.
 async fn register(
     core: &Arc<Core>,
     attached: &Attached,
@@ -83,7 +84,7 @@ async fn register(
     events: &Fanout,
 ) -> Result<(), Error> {
     let caller = Caller::over(core, attached.client.clone());
-    while !regions.is_empty() {
+    loop {
         let memory: Vec<Backing> = regions.iter().map(|(_, backing)| backing.clone()).collect();
         match caller.register_with(&attached.lease, &memory).await {
             Ok(registered) => {
@@ -104,7 +105,6 @@ async fn register(
             Err(error) => return Err(error),
         }
     }
-    Ok(())
 }
 
 /// Whether the next attempt would be refused as well: the daemon will not have this engine.

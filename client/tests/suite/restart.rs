@@ -82,6 +82,7 @@ fn c4_the_engine_comes_back_as_who_it_was() {
     assert_eq!(again.preferred_port, 20_000, "the port that peers know");
     let known: Vec<_> = again.known_peers.iter().map(|peer| peer.session_id.as_str()).collect();
     assert_eq!(known, ["a:1"], "neither whom nobody is pinned to, nor who was reset");
+    assert!(fake.registered()[0].regions.is_empty(), "nothing to register, and that is said");
     let same = wire::AttachRequest { preferred_port: 0, known_peers: Vec::new(), ..again };
     assert_eq!(same, first, "key, name, policy and host");
     assert_eq!((engine.boot_id(), engine.session_id()), (NEXT_BOOT, SESSION));

@@ -71,7 +71,7 @@ impl Identity {
         if self.kernel_boot != own.kernel_boot || self.pid_namespace != own.pid_namespace {
             return true;
         }
-        let process = match Pid::from_raw(self.pid).map(|pid| watch(pid)) {
+        let process = match Pid::from_raw(self.pid).map(watch) {
             Some(Ok(process)) => process,
             Some(Err(Errno::SRCH)) | None => return true,
             Some(Err(error)) => {

@@ -25,7 +25,7 @@ use crate::{
     domain::{Failure, Incarnation, PathKind, Reason, SessionId},
     memory::{EngineMemory, FdShelf, PROBE_BASE, PROBE_BYTES, ProcessMemory, Quota, RegionRequest, Source},
     peer::{
-        Context, Timing,
+        Context, Listening, Timing,
         endpoint::{Admission, Endpoint},
         target::Target,
     },
@@ -163,7 +163,7 @@ impl Node {
         register_probe_region(&memory).await?;
         let allowed = allowed(&config.paths(), &request.transports)?;
         let incarnation = identity::incarnation(&request.key);
-        let listener = resources.ports.listen(request.preferred_port, incarnation)?;
+        let Listening { listener, returns } = resources.ports.listen(request.preferred_port, incarnation)?;
         let port = listener
             .local_addr()
             .map_err(|error| Failure::io(Reason::PortUnavailable, "the endpoint's address", &error))?
@@ -189,7 +189,9 @@ impl Node {
             timeout: config.endpoint.handshake_timeout(),
             unclassified: config.endpoint.unclassified,
         };
-        let endpoint = Endpoint::open(listener, target.clone(), admission).map_err(|error| {
+        let complete = watch::Sender::new(!returns);
+        let ready = complete_within(complete.subscribe(), config.restart.grace());
+        let endpoint = Endpoint::open(listener, target.clone(), admission, ready).map_err(|error| {
             resources.ports.give_back(port);
             Failure::io(Reason::PortUnavailable, "listening on the endpoint", &error)
         })?;
@@ -237,6 +239,7 @@ impl Node {
             next_session: AtomicU64::new(0),
             sessions: Mutex::default(),
             endpoint: Mutex::new(Some(endpoint)),
+            complete,
             gone: watch::Sender::new(None),
         }))
     }
@@ -285,6 +288,11 @@ impl Node {
 }
 
 impl Engine {
+    /// It has registered memory: an engine that came back has registered all it had.
+    pub fn registered_all(&self) {
+        self.complete.send_replace(true);
+    }
+
     /// Ends the lease; what follows is done by the node. The first cause counts.
     pub fn end_lease(&self, why: Failure) {
         self.gone.send_if_modified(|gone| {
@@ -318,6 +326,12 @@ impl Engine {
         let mut tasks = std::mem::take(&mut *self.sessions()).tasks;
         while tasks.join_next().await.is_some() {}
     }
+}
+
+/// An engine that comes back registers at once what it had. Its peers are at the door: a session opened before
+/// would find nothing registered, and fail transfers that a moment later are good.
+async fn complete_within(mut complete: watch::Receiver<bool>, grace: Duration) {
+    let _ = tokio::time::timeout(grace, complete.wait_for(|complete| *complete)).await;
 }
 
 /// Whom an engine says it has met counts as met now: its pins do not outlast those of a daemon that stayed.

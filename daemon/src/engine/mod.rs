@@ -74,6 +74,8 @@ pub struct Engine {
     /// Locked for map steps only.
     sessions: Mutex<Sessions>,
     endpoint: Mutex<Option<Endpoint>>,
+    /// Memory was registered, or is not waited for: sessions may come in.
+    complete: watch::Sender<bool>,
     /// Set once, when the lease has ended.
     gone: watch::Sender<Option<Failure>>,
 }

@@ -19,4 +19,4 @@ mod report;
 pub mod target;
 
 pub use context::{Context, Neighbours, Outcomes, Timing};
-pub use ports::{PortSettings, Ports};
+pub use ports::{Listening, PortSettings, Ports};

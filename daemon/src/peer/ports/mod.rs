@@ -42,6 +42,15 @@ pub struct PortSettings {
     pub record: Option<PathBuf>,
 }
 
+/// A port of an engine.
+#[derive(Debug)]
+pub struct Listening {
+    /// Bound, and listening: the kernel takes connections from now on.
+    pub listener: TcpListener,
+    /// The engine had it before, under this run of the daemon or an earlier one: its peers know it, and try.
+    pub returns: bool,
+}
+
 /// The ports of one daemon.
 #[derive(Debug)]
 pub struct Ports {
@@ -70,10 +79,10 @@ impl Ports {
     ///
     /// # Errors
     /// PORT_UNAVAILABLE, with the time until the next rest ends.
-    pub fn listen(&self, preferred: Option<u16>, who: Incarnation) -> Result<TcpListener, Failure> {
+    pub fn listen(&self, preferred: Option<u16>, who: Incarnation) -> Result<Listening, Failure> {
         let now = Instant::now();
         let mut refused = None;
-        let listener = self.keeper.change(|table| {
+        let listening = self.keeper.change(|table| {
             let turns = table.len();
             // Nothing is bound that the configuration does not allow.
             for at in 0..=turns {
@@ -83,15 +92,15 @@ impl Ports {
                 }
                 match self.bind(port) {
                     Ok(listener) => {
-                        table.take(port, who, now);
-                        return Some(listener);
+                        let returns = table.take(port, who, now);
+                        return Some(Listening { listener, returns });
                     }
                     Err(error) => refused = Some(error),
                 }
             }
             None
         });
-        listener.ok_or_else(|| self.exhausted(refused))
+        listening.ok_or_else(|| self.exhausted(refused))
     }
 
     /// The engine on this port is gone.
@@ -159,8 +168,8 @@ mod tests {
     const OTHER: Incarnation = Incarnation([2; 32]);
     const LIMIT: Duration = Duration::from_secs(10);
 
-    fn port(listener: &TcpListener) -> u16 {
-        listener.local_addr().expect("bound").port()
+    fn port(listening: &Listening) -> u16 {
+        listening.listener.local_addr().expect("bound").port()
     }
 
     /// Three ports in a row that were free a moment ago. Tests of one process look in places of their own.
@@ -199,7 +208,8 @@ mod tests {
         drop(listeners);
         ports.give_back(first);
         assert!(ports.listen(Some(first), OTHER).is_err(), "it rests, and the others are in use");
-        assert_eq!(port(&ports.listen(Some(first), ME).expect("its own")), first);
+        let again = ports.listen(Some(first), ME).expect("its own");
+        assert_eq!((port(&again), again.returns), (first, true));
     }
 
     #[test]
@@ -221,8 +231,11 @@ mod tests {
         let free = next.listen(Some(in_use), stranger).expect("the third one");
         assert!(![in_use, at_rest].contains(&port(&free)));
         assert!(next.listen(Some(at_rest), stranger).is_err());
-        assert_eq!(port(&next.listen(Some(in_use), ME).expect("its own")), in_use);
-        assert_eq!(port(&next.listen(Some(at_rest), OTHER).expect("its own")), at_rest);
+        for (number, who) in [(in_use, ME), (at_rest, OTHER)] {
+            let again = next.listen(Some(number), who).expect("its own");
+            assert_eq!((port(&again), again.returns), (number, true));
+        }
+        assert!(!free.returns);
     }
 
     #[test]

@@ -93,10 +93,11 @@ impl Table {
         self.range.len()
     }
 
-    /// An engine listens there from now on.
-    pub(super) fn take(&mut self, port: u16, who: Incarnation, now: Instant) {
+    /// An engine listens there from now on. Returns whether it comes back to a port of its own.
+    pub(super) fn take(&mut self, port: u16, who: Incarnation, now: Instant) -> bool {
         self.owned.retain(|_, owned| owned.rests_until.is_none_or(|until| until > now));
-        self.owned.insert(port, Owned { who, rests_until: None });
+        let before = self.owned.insert(port, Owned { who, rests_until: None });
+        before.is_some_and(|before| before.who == who)
     }
 
     /// Its engine is gone: the quarantine begins.
@@ -161,6 +162,9 @@ mod tests {
         table.restore([Entry { port: FIRST, who: who(1), standing: Standing::InUse }], GRACE, start);
         assert!(table.may_have(FIRST, &who(1), start));
         assert!(!table.may_have(FIRST, &who(2), start + QUARANTINE));
+        assert!(table.take(FIRST, who(1), start), "it comes back");
+        table.give_back(FIRST, start + GRACE);
+        assert!(!table.take(FIRST + 1, who(1), start), "to a port of its own");
         assert!(table.may_have(FIRST, &who(2), start + GRACE + QUARANTINE));
     }
 
