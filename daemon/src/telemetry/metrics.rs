@@ -328,6 +328,6 @@ mod tests {
             assert!(has_unit, "{name} ({kind})");
             names += 1;
         }
-        assert_eq!(names, 22);
+        assert_eq!(names, 23);
     }
 }

@@ -1,86 +1,31 @@
-//! Daemons and engines that go and come back: who is who afterwards, how fast, and whether a byte went astray.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+//! Daemons that are killed, stopped or asked to leave, and come back.
 
 use std::{
-    sync::{
-        Barrier,
-        mpsc::{Receiver, RecvTimeoutError},
-    },
-    thread,
+    sync::mpsc::RecvTimeoutError,
     time::{Duration, Instant},
 };
 
 use harness::{
-    batch::{self, Arrangement, Move},
+    batch::{self, Move},
     daemon::{Daemon, Launch},
     engine::EngineProcess,
     eventually,
-    oracle::{Kind, Pool},
+    oracle::Kind,
     pattern::Stamp,
     process::Signal,
     proxy::Proxy,
-    scene::{Nodes, Peer, SOURCE, Scene, TARGET, assert_reason, done, failed, request},
-    wire::Command,
+    raw::{RawEngine, refusal},
+    scene::{Peer, SOURCE, Scene, TARGET, done, request},
 };
-use kvferry_client::{
-    Engine, EngineOptions, Error, Event, Op, Outcome, Path, Pending, Reason, Report, Transfer,
-};
+use kvferry_client::{Event, Op, Outcome, Path, Pending, Reason, Transfer};
+use kvferry_proto::engine::v1 as wire;
 
-const LENGTH: u64 = 32 << 20;
-const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(20);
+use crate::{LENGTH, LIMIT, MIB, both_ways, ends_by_a_restart, first_good, megabytes, reattached};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Side {
     Initiator,
     Target,
-}
-
-fn megabytes(count: u64) -> Vec<Move> {
-    Arrangement::Adjacent.moves(count, MIB)
-}
-
-/// Asks again until a transfer is DONE. Whatever ends otherwise must have ended for a reason that a restart is.
-fn first_good(engine: &Engine, transfer: impl Fn() -> Transfer) -> Report {
-    let begin = Instant::now();
-    loop {
-        assert!(begin.elapsed() < LIMIT, "no good transfer within {LIMIT:?}");
-        match engine.transfer(transfer()) {
-            Ok(report) if report.outcome == Outcome::Done => return report,
-            Ok(report) => ends_by_a_restart(engine, report),
-            Err(Error::NoDaemon { .. }) => {}
-            Err(other) => panic!("{other:?}"),
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// A transfer struck by a restart: it may be DONE, else it is settled in time, for a reason that a restart is.
-fn ends_by_a_restart(engine: &Engine, report: Report) {
-    const REASONS: [Reason; 5] = [
-        Reason::OwnDaemonGone,
-        Reason::PeerDaemonRestarted,
-        Reason::ConnectRefused,
-        Reason::ConnectionLost,
-        Reason::HandshakeFailed,
-    ];
-    let report = match report.outcome {
-        Outcome::Unsettled => engine.wait(report.id, LIMIT).unwrap(),
-        _ => report,
-    };
-    if report.outcome != Outcome::Done {
-        let (_, failure) = failed(Ok(report));
-        assert_reason(&failure, &REASONS);
-    }
-}
-
-fn reattached(events: &Receiver<Event>, session: &str) {
-    loop {
-        if let Event::Reattached { session_id, moved_from, .. } = events.recv_timeout(LIMIT).unwrap() {
-            assert_eq!((session_id.as_str(), moved_from), (session, None));
-            return;
-        }
-    }
 }
 
 /// One scene in which a daemon is killed under load, again and again.
@@ -224,135 +169,6 @@ fn c6_both_daemons_restart_at_once() {
     scene.write_and_verify(&session, &moves);
 }
 
-/// C6: two engines that have never met open sessions to each other in the same moment.
-#[test]
-fn c6_both_engines_open_sessions_to_each_other_at_once() {
-    let nodes = Nodes::start(Path::Tcp, "").unwrap();
-    for _ in 0..if harness::long() { 100 } else { 10 } {
-        let one = Peer::attach(nodes.initiator(), Kind::Shared, 4 * MIB, SOURCE).unwrap();
-        let other = Peer::attach(nodes.target(), Kind::Shared, 4 * MIB, TARGET).unwrap();
-        let (there, back) = (other.engine.session_id(), one.engine.session_id());
-        let begin = Instant::now();
-        both_ways(&one, &other, there, back, &megabytes(1));
-        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
-    }
-}
-
-fn both_ways(one: &Peer, other: &Peer, there: &str, back: &str, moves: &[Move]) {
-    let start = Barrier::new(2);
-    let write = |from: &Peer, to: &Peer, session: &str| {
-        start.wait();
-        first_good(&from.engine, || request(Op::Write, session, moves, &from.pool, &to.pool));
-    };
-    thread::scope(|scope| {
-        scope.spawn(|| write(one, other, there));
-        scope.spawn(|| write(other, one, back));
-    });
-}
-
-/// C3: another engine at the same `host:port`. Twelve threads still have transfers for the dead one: none of them
-/// moves a byte, not even after the own daemon was restarted, until the engine says that it means the new one.
-#[test]
-fn c3_another_engine_at_the_same_port_gets_nothing_until_the_session_is_reset() {
-    let mut scene = Scene::with_config(Path::Tcp, LENGTH, "[endpoint]\nport_quarantine_s = 0\n").unwrap();
-    let session = scene.session().to_owned();
-    let moves = megabytes(4);
-    scene.write_and_verify(&session, &moves);
-    let events = scene.initiator.engine.events();
-
-    let port = session.rsplit_once(':').unwrap().1.parse().unwrap();
-    let again = |name: &str, daemon: &Daemon| {
-        Engine::attach(EngineOptions { preferred_port: Some(port), ..daemon.options(name) }).unwrap()
-    };
-    // The memory is the same, and so are its addresses: only who owns them tells.
-    let pool = Pool::new(Kind::Shared, LENGTH, Stamp::of(4)).unwrap();
-    let old =
-        std::mem::replace(&mut scene.target.engine, again("a stranger meanwhile", scene.nodes.target()));
-    drop(old);
-    eventually("the port is free", LIMIT, || {
-        let engine = again("the successor", scene.nodes.target());
-        let same = engine.session_id() == session;
-        if same {
-            scene.target.engine = engine;
-        }
-        same
-    });
-    scene.target.engine.register(&[pool.memory()]).unwrap();
-    scene.target.pool = pool;
-    let stays_refused = |scene: &Scene| {
-        thread::scope(|scope| {
-            for _ in 0..12 {
-                scope.spawn(|| {
-                    let report = scene.initiator.engine.transfer(scene.write_to(&session, &moves));
-                    let (report, failure) = failed(report);
-                    assert_reason(&failure, &[Reason::PeerRestarted]);
-                    assert_eq!(report.bytes_done, 0);
-                });
-            }
-        });
-        scene.target.pool.verify().assert_clean("memory of another engine");
-    };
-    // The first ones may meet the old stream's end; the reason must settle on who is there.
-    eventually("the session notices", LIMIT, || {
-        let report = scene.initiator.engine.transfer(scene.write_to(&session, &moves)).unwrap();
-        let failure = report.failure.unwrap();
-        assert_reason(&failure, &[Reason::PeerRestarted, Reason::ConnectionLost, Reason::EngineGone]);
-        failure.reason == Reason::PeerRestarted
-    });
-    stays_refused(&scene);
-    scene.nodes.initiator_mut().kill_and_restart().unwrap();
-    reattached(&events, scene.initiator.engine.session_id());
-    stays_refused(&scene);
-
-    scene.initiator.engine.reset_session(&session).unwrap();
-    scene.write_and_verify(&session, &moves);
-}
-
-/// C8: engines come and go; the daemon is as it was.
-#[test]
-fn c8_engine_restarts_leave_nothing_behind() {
-    let (restarts, warm_up) = if harness::long() { (1000, 50) } else { (30, 10) };
-    let config = "[endpoint]\nport_quarantine_s = 1\n";
-    let nodes = Nodes::start(Path::Tcp, config).unwrap();
-    let mut target = Peer::attach(nodes.target(), Kind::Shared, 4 * MIB, TARGET).unwrap();
-    let daemons = [nodes.initiator().process(), nodes.target().process()];
-    let moves = [Move { from: 0, to: 0, length: MIB }];
-    let mut one_life = |_| {
-        let mut engine = EngineProcess::attach(nodes.initiator().socket(), "short-lived").unwrap();
-        engine.pool(Kind::Shared, 4 * MIB, SOURCE).unwrap();
-        let (session, remote) = (target.engine.session_id().to_owned(), target.pool.address());
-        let moves = moves.to_vec();
-        engine.send(&Command::Transfer { session, write: true, remote, moves }).unwrap();
-        let ended = engine.ended().unwrap();
-        assert!(ended.done, "{:?}: {}", ended.reason(), ended.text);
-        engine.kill().unwrap();
-    };
-    let nobody = || {
-        let engines = nodes.initiator().node().unwrap().engines().unwrap().len();
-        let sessions = nodes.target().node().unwrap().sessions().unwrap().len();
-        engines + sessions == 0
-    };
-    (0..warm_up).for_each(&mut one_life);
-    eventually("all of them are gone", LIMIT, nobody);
-    let count = || daemons.map(|daemon| (daemon.descriptors().unwrap(), daemon.threads().unwrap()));
-    let resident = || daemons.map(|daemon| daemon.resident().unwrap());
-    let (before, bytes_before) = (count(), resident());
-    (0..restarts).for_each(&mut one_life);
-    eventually("all of them are gone", LIMIT, nobody);
-    // A connection that just asked may not be closed at the other end yet.
-    let flat = |now: [(usize, u64); 2]| {
-        now.iter().zip(&before).all(|(now, before)| now.0 <= before.0 + 1 && now.1 <= before.1)
-    };
-    eventually("descriptors and threads are as before", LIMIT, || flat(count()));
-    let bytes = resident();
-    println!("{restarts} restarts: {before:?} -> {:?}, resident {bytes_before:?} -> {bytes:?}", count());
-    for (now, before) in bytes.into_iter().zip(bytes_before) {
-        assert!(now < before + 8 * MIB, "{before} bytes resident before, {now} after");
-    }
-    target.pool.expect_stamp(SOURCE, &moves);
-    target.pool.verify().assert_clean("after many engines wrote the same");
-}
-
 /// C5, A10: the own daemon is stopped, not dead. Nothing is invented; when it goes on, it lets go of the engine
 /// first, and then what was in flight has its end.
 #[test]
@@ -426,4 +242,22 @@ fn a_daemon_does_not_start_before_its_predecessor_has_exited() {
     assert_eq!(refusal.code, Some(3), "{}", refusal.said);
     assert!(refusal.said.contains(&format!("pid {pid}")), "{}", refusal.said);
     daemon.attach("served all the time").unwrap();
+}
+
+/// C4: of a transfer of an earlier boot the daemon knows that it is settled, and nothing else.
+#[test]
+fn c4_a_transfer_of_an_earlier_boot_is_over_and_its_peer_unconfirmed() {
+    let daemon = Daemon::start().unwrap();
+    let engine = RawEngine::attach(daemon.socket()).unwrap();
+    let wait = |boot_id: Vec<u8>| {
+        let request = wire::WaitRequest { boot_id, transfer_id: vec![7; 16], timeout_ms: 1000 };
+        engine.call(async |mut client, token| client.wait(token.request(request)).await)
+    };
+    let report = wait(vec![9; 16]).unwrap();
+    assert_eq!((report.outcome(), report.peer_half()), (wire::Outcome::Failed, wire::PeerHalf::Unconfirmed));
+    assert_eq!(report.failure.unwrap().reason(), Reason::OwnDaemonGone);
+    let (reason, _) = refusal(wait(engine.attached().boot_id.clone()), |_| None).unwrap();
+    assert_eq!(reason, Reason::BadArgument, "no transfer of this boot has that id");
+    let (reason, _) = refusal(wait(vec![]), |_| None).unwrap();
+    assert_eq!(reason, Reason::BadArgument, "no boot id at all");
 }
