@@ -141,7 +141,16 @@ impl Lease {
 
     /// Whether the daemon leaves: by its own word, or because it is gone.
     pub(crate) async fn leaves(&self) -> bool {
-        self.draining.load(SeqCst) || self.ends_soon().await
+        // Its word may come after an answer that it gave because of it.
+        let said = async {
+            while !self.draining.load(SeqCst) {
+                time::sleep(PROOF_LOOK).await;
+            }
+        };
+        tokio::select! {
+            () = said => true,
+            ended = self.ends_soon() => ended,
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::{
     event::Fanout,
     lease::Lease,
     memory::Backing,
-    transfer,
+    transfer, watch,
 };
 
 /// First pause before an attempt. It doubles.
@@ -71,7 +71,14 @@ async fn attempt(
         let cause = "another daemon answers, and the one before it has not exited".to_owned();
         return Err(Error::NoDaemon { path: options.socket.clone(), cause });
     }
-    register(core, &attached, regions, events).await?;
+    // However much there is to register, it is waited for; but not for a daemon that does not run.
+    tokio::select! {
+        registered = register(core, &attached, regions, events) => registered?,
+        () = watch::silence(attached.client.clone()) => {
+            let cause = "the daemon fell silent while memory was registered again".to_owned();
+            return Err(Error::NoDaemon { path: options.socket.clone(), cause });
+        }
+    }
     Ok(attached)
 }
 

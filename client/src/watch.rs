@@ -61,7 +61,7 @@ async fn settle(lease: &Lease, cause: String) -> Ending {
 
 /// Returns when the daemon does not answer any more. Any answer is life, errors included; a broken connection
 /// is for the event stream to notice.
-async fn silence(mut client: EngineClient<Channel>) {
+pub(crate) async fn silence(mut client: EngineClient<Channel>) {
     loop {
         let mut beat = pin!(client.get_node(wire::GetNodeRequest {}));
         let mut unanswered = 0;

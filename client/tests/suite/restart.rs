@@ -228,6 +228,7 @@ fn an_engine_that_was_dropped_attaches_to_the_same_daemon_again() {
     fake.answer(Answer::Nothing);
     let pending = engine.submit(transfer(1)).unwrap();
     fake.await_transfers(1);
+    fake.answer(Answer::Good);
     fake.end_lease();
     assert_eq!(reattached(&events), (SESSION.to_owned(), None, BOOT));
     assert_gone(&pending.wait().unwrap(), Outcome::Failed);
@@ -240,6 +241,10 @@ fn calls_fail_promptly_until_the_engine_is_attached_again() {
     let events = engine.events();
     fake.die();
     let started = Instant::now();
+    // A call may find the connection broken before the lease's thread does.
+    while !engine.probe("127.0.0.1:1", LIMIT).unwrap_err().to_string().contains("renewed") {
+        assert!(started.elapsed() < LIMIT);
+    }
     let no_daemon = |result: Result<(), Error>| {
         assert!(matches!(&result, Err(Error::NoDaemon { path, .. }) if *path == fake.socket()), "{result:?}");
     };
@@ -334,7 +339,12 @@ fn a_transfer_held_back_ends_at_its_deadline_or_when_it_is_cancelled() {
     let report = brief.wait().unwrap();
     assert_eq!(report.outcome, Outcome::Failed);
     assert_eq!(report.failure.unwrap().reason, Reason::Draining);
-    assert_eq!(engine.cancel(long.id()).unwrap(), Settlement::Settled);
+    fake.await_transfers(2);
+    // The answer is on its way; once it is here the transfer is held back, and can be cancelled.
+    let asked = Instant::now();
+    while !matches!(engine.cancel(long.id()), Ok(Settlement::Settled)) {
+        assert!(asked.elapsed() < LIMIT);
+    }
     assert_eq!(long.wait().unwrap().outcome, Outcome::Cancelled);
     assert_eq!(fake.transfers().len(), 2);
 }
