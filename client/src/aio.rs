@@ -1,6 +1,10 @@
 //! The engine for callers with a tokio runtime of their own.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::sync::mpsc;
 
@@ -9,7 +13,6 @@ use crate::{
     TransferId,
     attachment::{Attaching, Attachment},
     caller::Caller,
-    connection,
     fork::Owned,
     memory::Backing,
     submit::Order,
@@ -28,7 +31,8 @@ pub struct Engine(Owned<Inner>);
 #[derive(Clone)]
 struct Inner {
     attachment: Arc<Attachment>,
-    caller: Caller,
+    /// Locked for a look, or to replace it.
+    caller: Arc<Mutex<Caller>>,
 }
 
 impl fmt::Debug for Engine {
@@ -44,34 +48,33 @@ impl Engine {
     /// See there.
     pub async fn attach(options: EngineOptions) -> Result<Self, Error> {
         let attachment = Attaching::start(options)?.finish().await?;
-        let channel = connection::lazy(&attachment.core.socket);
-        let caller = Caller::new(attachment.core.clone(), channel);
+        let caller = Arc::new(Mutex::new(Caller::connect(&attachment.core)));
         Ok(Self(Owned::new(Inner { attachment, caller })))
     }
 
     /// As [`crate::Engine::session_id`].
     pub fn session_id(&self) -> &str {
-        &self.facts().core.lease.session_id
+        &self.facts().core.facts().session_id
     }
 
     /// As [`crate::Engine::engine_id`].
     pub fn engine_id(&self) -> u64 {
-        self.facts().core.lease.engine_id
+        self.facts().core.facts().engine_id
     }
 
     /// As [`crate::Engine::boot_id`].
     pub fn boot_id(&self) -> [u8; 16] {
-        self.facts().core.lease.boot_id
+        self.facts().core.facts().boot_id
     }
 
     /// As [`crate::Engine::daemon_pid`].
     pub fn daemon_pid(&self) -> u32 {
-        self.facts().core.lease.daemon_pid
+        self.facts().core.facts().daemon_pid
     }
 
     /// As [`crate::Engine::limits`].
     pub fn limits(&self) -> &Limits {
-        &self.facts().core.lease.limits
+        &self.facts().core.facts().limits
     }
 
     /// As [`crate::Engine::register`].
@@ -164,7 +167,8 @@ impl Engine {
         &self.0.facts().attachment
     }
 
-    fn caller(&self) -> Result<&Caller, Error> {
-        self.0.get().map(|inner| &inner.caller)
+    fn caller(&self) -> Result<Caller, Error> {
+        let inner = self.0.get()?;
+        Ok(inner.caller.lock().unwrap_or_else(PoisonError::into_inner).renewed().clone())
     }
 }

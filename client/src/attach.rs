@@ -1,6 +1,10 @@
 //! Attaching: from connecting to the daemon's first event.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use kvferry_proto::engine::v1::{self as wire, engine_client::EngineClient};
 use rustix::process::{PTracer, Pid};
@@ -15,22 +19,37 @@ use crate::{
 
 /// A lease just begun, and what keeps it.
 pub(crate) struct Attached {
-    pub(crate) lease: Lease,
+    pub(crate) lease: Arc<Lease>,
     pub(crate) events: Streaming<wire::EngineEvent>,
     /// Over the lease's own connection.
     pub(crate) client: EngineClient<Channel>,
     pub(crate) end: watch::Sender<Option<Ending>>,
 }
 
-/// `seed` is the engine's Ed25519 key; its public half is the engine's incarnation.
-pub(crate) async fn attach(options: &EngineOptions, seed: &[u8; 32]) -> Result<Attached, Error> {
+/// How an engine presents itself.
+pub(crate) struct Introduction<'a> {
+    pub(crate) options: &'a EngineOptions,
+    /// The engine's Ed25519 key; its public half is the engine's incarnation.
+    pub(crate) seed: &'a [u8; 32],
+    /// Counts this engine's attachments.
+    pub(crate) number: u64,
+    /// Wanted for the endpoint.
+    pub(crate) port: Option<u16>,
+    pub(crate) known_peers: Vec<wire::KnownPeer>,
+    pub(crate) revocations: Option<wire::Revocations>,
+    /// From connecting to the first event.
+    pub(crate) patience: Duration,
+}
+
+pub(crate) async fn attach(introduction: Introduction<'_>) -> Result<Attached, Error> {
+    let Introduction { options, number, patience, .. } = introduction;
     let attempt = async {
         let stream = connection::open(&options.socket).await?;
         let daemon = daemon_of(&stream);
         let process = daemon.map_or_else(DaemonProcess::default, DaemonProcess::open);
         let mut client = connection::client(connection::over(stream));
         let refused = |status| explain(options, NoReply::from_status("Attach", &status));
-        let mut events = client.attach(request(options, seed)).await.map_err(refused)?.into_inner();
+        let mut events = client.attach(request(introduction)).await.map_err(refused)?.into_inner();
         let first = events.message().await.map_err(refused)?.and_then(|event| event.event);
         let Some(wire::engine_event::Event::Attached(attached)) = first else {
             return Err(malformed("its first event is not Attached"));
@@ -39,12 +58,10 @@ pub(crate) async fn attach(options: &EngineOptions, seed: &[u8; 32]) -> Result<A
         let same = daemon.is_some_and(|pid| pid.as_raw_nonzero().get().unsigned_abs() == attached.daemon_pid);
         let process = if same { process } else { DaemonProcess::default() };
         let (end, ended) = watch::channel(None);
-        let lease = lease(attached, &options.socket, process, ended)?;
-        Ok(Attached { lease, events, client, end })
+        let lease = Lease { number, ..lease(attached, &options.socket, process, ended)? };
+        Ok(Attached { lease: Arc::new(lease), events, client, end })
     };
-    time::timeout(options.attach_timeout, attempt)
-        .await
-        .unwrap_or(Err(Error::Timeout(options.attach_timeout)))
+    time::timeout(patience, attempt).await.unwrap_or(Err(Error::Timeout(patience)))
 }
 
 /// The process at the other end, allowed from here on to reach our memory through `/proc/<pid>/mem`.
@@ -58,14 +75,17 @@ fn daemon_of(stream: &UnixStream) -> Option<Pid> {
     Some(pid)
 }
 
-fn request(options: &EngineOptions, seed: &[u8; 32]) -> wire::AttachRequest {
+fn request(introduction: Introduction<'_>) -> wire::AttachRequest {
+    let Introduction { options, seed, port, known_peers, revocations, .. } = introduction;
     wire::AttachRequest {
         key: seed.to_vec(),
         name: options.name.clone(),
         policy: options.policy.to_wire(),
         advertise_host: options.advertise_host.clone().unwrap_or_default(),
-        preferred_port: options.preferred_port.unwrap_or_default().into(),
+        preferred_port: port.unwrap_or_default().into(),
         transports: options.transports.iter().map(|path| i32::from(*path)).collect(),
+        known_peers,
+        revocations,
         ..Default::default()
     }
 }
@@ -85,6 +105,7 @@ fn lease(
         .map_err(|_| malformed("its boot id does not have 16 bytes"))?;
     let limits = attached.limits.ok_or_else(|| malformed("it tells no limits"))?;
     Ok(Lease {
+        number: 0,
         engine_id: attached.engine_id,
         session_id: attached.session_id,
         boot_id,
@@ -100,6 +121,8 @@ fn lease(
         fd_socket: fd_socket(attached.fd_socket, socket),
         process,
         ended,
+        draining: AtomicBool::new(false),
+        released: AtomicBool::new(false),
     })
 }
 

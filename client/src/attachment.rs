@@ -84,7 +84,8 @@ impl Rest {
 impl Attachment {
     /// This thread's way to the daemon.
     pub(crate) fn caller(&self) -> Result<(Arc<Link>, Caller), Error> {
-        let link = self.links.mine(&self.core.socket)?;
+        let attachment = self.core.lease().number;
+        let link = self.links.mine(&self.core.socket, attachment)?;
         let caller = Caller::new(self.core.clone(), link.channel.clone()).through(link.pipe.clone());
         Ok((link, caller))
     }
@@ -101,7 +102,9 @@ impl Attachment {
                 let text = format!("{SUBMISSIONS} transfers wait to be taken up");
                 Error::Refused(Failure::new(Reason::Limit, text))
             }
-            mpsc::error::TrySendError::Closed(_) => self.core.no_daemon("the lease's thread ended".into()),
+            mpsc::error::TrySendError::Closed(_) => {
+                self.core.no_daemon(&self.core.lease(), "the lease's thread ended".into())
+            }
         })?;
         Ok((id, report))
     }

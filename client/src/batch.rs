@@ -2,7 +2,7 @@
 //!
 //! All of it is pure. Chunks are made as they are sent, so a large batch is in memory once, not twice.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use kvferry_proto::engine::v1 as wire;
 use sha2::{Digest, Sha256};
@@ -67,13 +67,13 @@ pub(crate) fn ranges(count: usize, step: u64) -> impl Iterator<Item = Range<usiz
 pub(crate) struct Chunks {
     header: Option<wire::TransferRequest>,
     id: TransferId,
-    slices: Slices,
+    slices: Arc<Slices>,
     step: u64,
     at: usize,
 }
 
 impl Chunks {
-    pub(crate) fn new(id: TransferId, header: wire::TransferRequest, slices: Slices, step: u64) -> Self {
+    pub(crate) fn new(id: TransferId, header: wire::TransferRequest, slices: Arc<Slices>, step: u64) -> Self {
         Self { header: Some(header), id, slices, step: step.max(1), at: 0 }
     }
 }
@@ -153,7 +153,7 @@ mod tests {
             session_id: "peer:1".into(),
             ..Default::default()
         };
-        Chunks::new(id, header, batch(count, lengths), step).collect()
+        Chunks::new(id, header, batch(count, lengths).into(), step).collect()
     }
 
     #[test]

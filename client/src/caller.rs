@@ -6,8 +6,8 @@ use std::{
     os::fd::AsFd,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -16,58 +16,115 @@ use kvferry_proto::{
     engine::v1::{self as wire, engine_client::EngineClient},
     types::v1 as types,
 };
-use tokio::time;
-use tonic::{Code, Request, Response, Status, transport::Channel};
+use tokio::{sync::watch, time};
+use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
-    Error, Failure, Path, Region, Settlement, TransferId,
-    buffer::Mapping,
-    connection,
+    EngineOptions, Error, Failure, Path, Policy, Reason, Region, Settlement, TransferId, connection,
     cuts::Cuts,
     error::NoReply,
+    facts::Facts,
     fds,
+    held::Held,
     lease::{Lease, Verdict},
     memory::Backing,
+    peers::Peers,
     pipe::Pipe,
+    regions::Regions,
     revocations::{Noted, Range, Revocations},
     transfer::{IdMint, millis},
+    unsettled::Unsettled,
 };
 
+/// The loss of a call that reached a daemon which does not know us: it has done nothing.
+pub(crate) const STRANGER: Code = Code::Unauthenticated;
 /// What an answer may take on top of the time the daemon was given.
 pub(crate) const ANSWER_MARGIN: Duration = Duration::from_secs(2);
 
-/// What all callers of an attachment share.
+/// What all callers of an engine share.
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) socket: PathBuf,
-    pub(crate) lease: Lease,
+    /// The engine's own.
+    pub(crate) policy: Policy,
     pub(crate) ids: IdMint,
     pub(crate) cuts: Cuts,
     /// What has to outlive the daemon.
     pub(crate) revocations: Revocations,
+    pub(crate) regions: Regions,
+    pub(crate) peers: Peers,
+    pub(crate) unsettled: Unsettled,
+    pub(crate) held: Held,
+    facts: Facts,
+    /// The latest lease, ended or not.
+    lease: watch::Sender<Arc<Lease>>,
+    /// There will be another lease after this one.
+    returns: AtomicBool,
     /// Names of descriptors handed over.
     handles: AtomicU64,
-    /// Mappings of registered regions: their addresses must mean nothing else while the daemon uses them.
-    /// Bounded by the daemon's limit on regions. Locked for single map operations.
-    held: Mutex<HashMap<u32, Arc<Mapping>>>,
 }
 
 impl Core {
-    pub(crate) fn new(socket: PathBuf, lease: Lease) -> Result<Self, Error> {
+    pub(crate) fn new(options: &EngineOptions, lease: Arc<Lease>) -> Result<Self, Error> {
         Ok(Self {
-            socket,
-            lease,
+            socket: options.socket.clone(),
+            policy: options.policy,
             ids: IdMint::new()?,
             cuts: Cuts::default(),
             revocations: Revocations::default(),
+            regions: Regions::default(),
+            peers: Peers::default(),
+            unsettled: Unsettled::default(),
+            held: Held::default(),
+            facts: Facts::new(&lease),
+            lease: watch::Sender::new(lease),
+            returns: AtomicBool::new(options.reattach),
             handles: AtomicU64::new(1),
-            held: Mutex::default(),
         })
     }
 
+    /// The latest one.
+    pub(crate) fn lease(&self) -> Arc<Lease> {
+        self.lease.borrow().clone()
+    }
+
+    /// Of the latest attachment.
+    pub(crate) fn facts(&self) -> &Facts {
+        self.facts.latest()
+    }
+
+    /// Attached again: from now on calls are made under this lease, and the one before is proven over.
+    pub(crate) fn renew(&self, lease: Arc<Lease>) {
+        self.facts.append(&lease);
+        let before = self.lease.send_replace(lease);
+        before.released.store(true, Ordering::SeqCst);
+        self.unsettled.look();
+    }
+
+    /// There will be no other lease.
+    pub(crate) fn give_up(&self) {
+        self.returns.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether there will be another lease when this one has ended.
+    pub(crate) fn returns(&self) -> bool {
+        self.returns.load(Ordering::SeqCst)
+    }
+
+    /// Returns when there is another lease than this one; never if there will be none.
+    pub(crate) async fn after(&self, lease: &Lease) {
+        let mut leases = self.lease.subscribe();
+        if leases.wait_for(|latest| latest.number != lease.number).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     /// Nobody answers any more.
-    pub(crate) fn no_daemon(&self, seen: String) -> Error {
-        let cause = match self.lease.ending() {
+    pub(crate) fn no_daemon(&self, lease: &Lease, seen: String) -> Error {
+        let cause = match lease.ending() {
+            Some(ending) if self.returns() => {
+                format!("the attachment has ended: {}; it is being renewed", ending.cause)
+            }
             Some(ending) => format!("the attachment has ended: {}", ending.cause),
             None => seen,
         };
@@ -92,6 +149,8 @@ pub struct Probe {
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
     pub(crate) core: Arc<Core>,
+    /// The attachment that the channel was made for.
+    attachment: u64,
     pub(crate) client: EngineClient<Channel>,
     /// For callers that have one transfer at a time.
     pub(crate) pipe: Option<Arc<Pipe>>,
@@ -99,7 +158,8 @@ pub(crate) struct Caller {
 
 impl Caller {
     pub(crate) fn new(core: Arc<Core>, channel: Channel) -> Self {
-        Self { core, client: connection::client(channel), pipe: None }
+        let attachment = core.lease().number;
+        Self { core, attachment, client: connection::client(channel), pipe: None }
     }
 
     /// Has transfers take this way instead of calls of their own.
@@ -107,41 +167,75 @@ impl Caller {
         Self { pipe: Some(pipe), ..self }
     }
 
-    /// A message of ours: the token says so.
-    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        let token = self.core.lease.token_metadata.clone();
-        request.metadata_mut().insert_bin(kvferry_proto::TOKEN_METADATA, token);
-        request
+    /// Over the lease's own connection.
+    pub(crate) fn over(core: &Arc<Core>, client: EngineClient<Channel>) -> Self {
+        Self { core: core.clone(), attachment: core.lease().number, client, pipe: None }
+    }
+
+    /// Over a connection of its own, on the runtime that this runs on.
+    pub(crate) fn connect(core: &Arc<Core>) -> Self {
+        Self::new(core.clone(), connection::lazy(&core.socket))
+    }
+
+    /// The same, with a connection to the daemon of the latest attachment: not one that its predecessor broke.
+    pub(crate) fn renewed(&mut self) -> &Self {
+        if self.attachment != self.core.lease().number {
+            *self = Self::connect(&self.core);
+        }
+        self
     }
 
     /// Waits for a reply, but not beyond the lease.
     pub(crate) async fn ask<T>(
         &self,
+        lease: &Lease,
         call: &'static str,
         rpc: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, NoReply> {
-        tokio::select! {
+        let reply = tokio::select! {
             biased;
             reply = rpc => reply.map_err(|status| NoReply::from_status(call, &status)),
-            () = self.core.lease.over() => Err(NoReply::Lost(Code::Unavailable, String::new())),
+            () = lease.over() => Err(NoReply::Lost(Code::Unavailable, String::new())),
+        };
+        match reply {
+            // The daemon that answers is not the one that gave us the token; the lease's thread will notice.
+            Err(NoReply::Answered(Error::Refused(Failure { reason: Reason::Unauthorised, .. })))
+                if lease.ends_soon().await =>
+            {
+                Err(NoReply::Lost(STRANGER, String::new()))
+            }
+            reply => reply,
         }
     }
 
     /// For calls where the lack of a reply is just an error.
-    pub(crate) fn explain(&self, call: &'static str, no_reply: NoReply) -> Error {
+    pub(crate) fn explain(&self, lease: &Lease, call: &'static str, no_reply: NoReply) -> Error {
         match no_reply {
             NoReply::Answered(error) => error,
-            NoReply::Lost(code, seen) if code == Code::Unavailable || self.core.lease.ending().is_some() => {
-                self.core.no_daemon(seen)
+            NoReply::Lost(code, seen) if code == Code::Unavailable || lease.ending().is_some() => {
+                self.core.no_daemon(lease, seen)
             }
             NoReply::Lost(_, message) => Error::Call { call, message },
         }
     }
 
     pub(crate) async fn register(&self, memory: Vec<Backing>) -> Result<Vec<Region>, Error> {
+        let lease = self.core.lease();
+        let mut regions = self.register_with(&lease, &memory).await?;
+        match self.core.regions.record(lease.number, &mut regions, memory) {
+            true => Ok(regions),
+            false => Err(self.core.no_daemon(&lease, String::new())),
+        }
+    }
+
+    /// The regions under the daemon's own numbers.
+    pub(crate) async fn register_with(
+        &self,
+        lease: &Lease,
+        memory: &[Backing],
+    ) -> Result<Vec<Region>, Error> {
         const CALL: &str = "RegisterRegions";
-        let handles = self.hand_over(&memory).await?;
+        let handles = self.hand_over(lease, memory).await?;
         let handle = |backing: &Backing| {
             backing.file.as_ref().and_then(|(mapping, _)| handles.get(&mapping.address()).copied())
         };
@@ -149,9 +243,9 @@ impl Caller {
         let message = wire::RegisterRegionsRequest { regions, layouts: Vec::new() };
         let mut client = self.client.clone();
         let reply = self
-            .ask(CALL, client.register_regions(self.request(message)))
+            .ask(lease, CALL, client.register_regions(lease.request(message)))
             .await
-            .map_err(|lost| self.explain(CALL, lost))?
+            .map_err(|lost| self.explain(lease, CALL, lost))?
             .into_inner();
         if let Some(failure) = reply.failure {
             return Err(Error::Refused(failure.into()));
@@ -161,19 +255,12 @@ impl Caller {
             let message = format!("{} regions came back for {}", regions.len(), memory.len());
             return Err(Error::Call { call: CALL, message });
         }
-        let mut held = self.core.held.lock().unwrap_or_else(PoisonError::into_inner);
-        for (region, backing) in regions.iter().zip(memory) {
-            if let Some((mapping, _)) = backing.file {
-                held.insert(region.id, mapping);
-            }
-        }
         Ok(regions)
     }
 
     /// Each file once, however many ranges of it are registered. Handles by address of the mapping.
-    async fn hand_over(&self, memory: &[Backing]) -> Result<HashMap<u64, u64>, Error> {
+    async fn hand_over(&self, lease: &Lease, memory: &[Backing]) -> Result<HashMap<u64, u64>, Error> {
         let mut handles = HashMap::new();
-        let lease = &self.core.lease;
         for (mapping, _) in memory.iter().filter_map(|backing| backing.file.as_ref()) {
             if handles.contains_key(&mapping.address()) {
                 continue;
@@ -186,36 +273,52 @@ impl Caller {
     }
 
     pub(crate) async fn unregister(&self, regions: &[u32]) -> Result<Settlement, Error> {
-        const CALL: &str = "UnregisterRegions";
-        let message = wire::UnregisterRegionsRequest { region_ids: regions.to_vec(), ..Default::default() };
-        let mut client = self.client.clone();
-        let settlement = match self.ask(CALL, client.unregister_regions(self.request(message))).await {
-            Ok(reply) => settlement(reply.into_inner())?,
-            Err(NoReply::Lost(..)) if self.core.lease.verdict().await == Verdict::Exited => {
-                Settlement::Settled
+        loop {
+            let lease = self.core.lease();
+            let settlement = self.unregister_with(&lease, regions).await?;
+            if settlement == Settlement::Unsettled {
+                self.core.regions.leave(regions);
+                return Ok(settlement);
             }
-            Err(lost) => return Err(self.explain(CALL, lost)),
-        };
-        if settlement == Settlement::Settled {
-            let mut held = self.core.held.lock().unwrap_or_else(PoisonError::into_inner);
-            held.retain(|region, _| !regions.contains(region));
+            // Registered anew with the next daemon while the last one was asked: that one is asked as well.
+            if self.core.regions.remove(lease.number, regions) {
+                return Ok(settlement);
+            }
         }
-        Ok(settlement)
+    }
+
+    async fn unregister_with(&self, lease: &Lease, regions: &[u32]) -> Result<Settlement, Error> {
+        const CALL: &str = "UnregisterRegions";
+        let region_ids = self.core.regions.theirs(regions)?;
+        if region_ids.is_empty() && !regions.is_empty() {
+            return Ok(Settlement::Settled);
+        }
+        let message = wire::UnregisterRegionsRequest { region_ids, ..Default::default() };
+        let mut client = self.client.clone();
+        match self.ask(lease, CALL, client.unregister_regions(lease.request(message))).await {
+            Ok(reply) => settlement(reply.into_inner()),
+            Err(NoReply::Lost(..)) if lease.verdict().await == Verdict::Exited => Ok(Settlement::Settled),
+            Err(lost) => Err(self.explain(lease, CALL, lost)),
+        }
     }
 
     pub(crate) async fn cancel(&self, id: TransferId) -> Result<Settlement, Error> {
         const CALL: &str = "Cancel";
         self.core.cuts.cancel(id);
-        let transfer_id = self.core.cuts.current(id).0.to_vec();
+        if self.core.held.cancel(id) || self.core.unsettled.end_of(id).is_some() {
+            return Ok(Settlement::Settled);
+        }
+        let current = self.core.cuts.current(id);
+        if let Some(lost) = self.core.unsettled.lost_with(current) {
+            return Ok(lost.standing().into());
+        }
+        let lease = self.core.lease();
         let mut client = self.client.clone();
-        let rpc = client.cancel(self.request(wire::CancelRequest { transfer_id }));
-        match self.ask(CALL, rpc).await {
+        let rpc = client.cancel(lease.request(wire::CancelRequest { transfer_id: current.0.to_vec() }));
+        match self.ask(&lease, CALL, rpc).await {
             Ok(reply) => settlement(reply.into_inner()),
             Err(NoReply::Answered(error)) => Err(error),
-            Err(NoReply::Lost(..)) => Ok(match self.core.lease.verdict().await {
-                Verdict::Exited => Settlement::Settled,
-                Verdict::Unproven => Settlement::Unsettled,
-            }),
+            Err(NoReply::Lost(..)) => Ok(lease.verdict().await.into()),
         }
     }
 
@@ -223,27 +326,30 @@ impl Caller {
         let noted = self.core.revocations.note(ranges);
         let wire_range = |range: &Range| types::Range { base: range.address, length: range.length };
         let message = wire::RevokeRequest { ranges: ranges.iter().map(wire_range).collect() };
+        let lease = self.core.lease();
         let mut client = self.client.clone();
-        self.revoked("Revoke", &noted, client.revoke(self.request(message))).await
+        self.revoked(&lease, "Revoke", &noted, client.revoke(lease.request(message))).await
     }
 
     pub(crate) async fn revoke_tag(&self, tag: [u8; 16]) -> Result<Settlement, Error> {
         let noted = self.core.revocations.note_tag(tag)?;
         let message = wire::RevokeTagRequest { tag: tag.to_vec() };
+        let lease = self.core.lease();
         let mut client = self.client.clone();
-        self.revoked("RevokeTag", &noted, client.revoke_tag(self.request(message))).await
+        self.revoked(&lease, "RevokeTag", &noted, client.revoke_tag(lease.request(message))).await
     }
 
-    /// Without an answer the revocation stays noted. A daemon that has exited touches nothing, and the next one is
-    /// told before anybody reaches it: that is settled.
+    /// Without an answer the revocation stays noted, and it is settled where no daemon will ever serve this engine
+    /// again. Where one will, it may be attaching at this moment with a list that was made before: ask it.
     async fn revoked(
         &self,
+        lease: &Lease,
         call: &'static str,
         noted: &Noted,
         rpc: impl Future<Output = Result<Response<wire::SettleReply>, Status>>,
     ) -> Result<Settlement, Error> {
         let revocations = &self.core.revocations;
-        let answer = match self.ask(call, rpc).await {
+        let answer = match self.ask(lease, call, rpc).await {
             Ok(reply) => {
                 let reply = reply.into_inner();
                 let epoch = reply.epoch;
@@ -251,10 +357,8 @@ impl Caller {
             }
             Err(NoReply::Answered(error)) => Err(error),
             Err(NoReply::Lost(..)) => {
-                return Ok(match self.core.lease.verdict().await {
-                    Verdict::Exited => Settlement::Settled,
-                    Verdict::Unproven => Settlement::Unsettled,
-                });
+                let verdict = lease.verdict().await;
+                return Ok(if self.core.returns() { Settlement::Unsettled } else { verdict.into() });
             }
         };
         answer.inspect_err(|_| revocations.refused(noted))
@@ -262,14 +366,15 @@ impl Caller {
 
     pub(crate) async fn probe(&self, session: &str, timeout: Duration) -> Result<Probe, Error> {
         const CALL: &str = "Probe";
+        let lease = self.core.lease();
         let timeout_ms = millis(timeout).max(1);
         let message = wire::ProbeRequest { session_id: session.to_owned(), timeout_ms };
         let mut client = self.client.clone();
-        let rpc = self.ask(CALL, client.probe(self.request(message)));
+        let rpc = self.ask(&lease, CALL, client.probe(lease.request(message)));
         let reply = time::timeout(timeout.saturating_add(ANSWER_MARGIN), rpc)
             .await
             .map_err(|_| Error::Timeout(timeout))?
-            .map_err(|lost| self.explain(CALL, lost))?
+            .map_err(|lost| self.explain(&lease, CALL, lost))?
             .into_inner();
         Ok(Probe {
             alive: reply.alive,
@@ -281,13 +386,18 @@ impl Caller {
 
     pub(crate) async fn reset_session(&self, session: &str) -> Result<(), Error> {
         const CALL: &str = "ResetSession";
+        let lease = self.core.lease();
         let message = wire::ResetSessionRequest { session_id: session.to_owned() };
         let mut client = self.client.clone();
         let reply = self
-            .ask(CALL, client.reset_session(self.request(message)))
+            .ask(&lease, CALL, client.reset_session(lease.request(message)))
             .await
-            .map_err(|lost| self.explain(CALL, lost))?;
-        reply.into_inner().failure.map_or(Ok(()), |failure| Err(Error::Refused(failure.into())))
+            .map_err(|lost| self.explain(&lease, CALL, lost))?;
+        if let Some(failure) = reply.into_inner().failure {
+            return Err(Error::Refused(failure.into()));
+        }
+        self.core.peers.forget(session);
+        Ok(())
     }
 }
 

@@ -21,8 +21,11 @@ use crate::{
 /// All methods block the calling thread and may be called from any thread, any number at a time; each thread
 /// has its own connection. In async code use [`aio::Engine`](crate::aio::Engine).
 ///
-/// After the lease has ended (see [`Event::Detached`]) every call returns promptly, and only a new attachment
-/// helps. In a forked child every call returns [`Error::Forked`], and dropping the handle does nothing.
+/// When the daemon restarts, the engine attaches again by itself and registers everything again (see
+/// [`Event::Reattached`] and [`EngineOptions::reattach`]); region ids stay as they are. Until then every call
+/// returns promptly with [`Error::NoDaemon`], but for [`wait`](Self::wait), and for transfers that the leaving
+/// daemon did not take: those are held back until their deadline. After [`Event::Detached`] only a new
+/// attachment helps. In a forked child every call returns [`Error::Forked`], and dropping the handle does nothing.
 ///
 /// # Panics
 /// The calls panic inside an async context, as every blocking call of tokio does.
@@ -48,29 +51,30 @@ impl Engine {
         Attaching::start(options)?.finish_blocking().map(|attachment| Self(Owned::new(attachment)))
     }
 
-    /// `host:port`: what peers put into [`Transfer::session`].
+    /// `host:port`: what peers put into [`Transfer::session`]. It stays over a daemon restart, unless
+    /// [`Event::Reattached`] says otherwise.
     pub fn session_id(&self) -> &str {
-        &self.0.facts().core.lease.session_id
+        &self.0.facts().core.facts().session_id
     }
 
     /// The daemon's number for this engine.
     pub fn engine_id(&self) -> u64 {
-        self.0.facts().core.lease.engine_id
+        self.0.facts().core.facts().engine_id
     }
 
     /// Random per start of the daemon.
     pub fn boot_id(&self) -> [u8; 16] {
-        self.0.facts().core.lease.boot_id
+        self.0.facts().core.facts().boot_id
     }
 
     /// As the daemon sees itself.
     pub fn daemon_pid(&self) -> u32 {
-        self.0.facts().core.lease.daemon_pid
+        self.0.facts().core.facts().daemon_pid
     }
 
     /// What the daemon takes at most.
     pub fn limits(&self) -> &Limits {
-        &self.0.facts().core.lease.limits
+        &self.0.facts().core.facts().limits
     }
 
     /// Registers memory: all of it or nothing. Regions come in the order given.
@@ -125,6 +129,9 @@ impl Engine {
 
     /// Waits for the end of a transfer that was submitted, or reported as UNSETTLED. `Duration::MAX` waits
     /// until it is over. Of a batch that was cut, the counts are those of the transfer that stands for it.
+    ///
+    /// A transfer lost with this node's daemon ends as `Failed` with reason `OwnDaemonGone` once that daemon is
+    /// proven to have exited; until then this waits on.
     ///
     /// # Errors
     /// [`Error::Timeout`], [`Error::Refused`] for an id that the daemon does not know (any more).
@@ -229,7 +236,8 @@ impl Pending {
     /// As [`Engine::transfer`].
     pub fn wait(self) -> Result<Report, Error> {
         let (attachment, report) = self.rest.get()?;
-        let ended = |_| attachment.core.no_daemon("the lease's thread ended".into());
+        let core = &attachment.core;
+        let ended = |_| core.no_daemon(&core.lease(), "the lease's thread ended".into());
         report.recv().map_err(ended)?
     }
 }

@@ -43,7 +43,17 @@ pub enum Event {
         /// What transfers under way have left.
         grace: Duration,
     },
-    /// The lease ended: the daemon is gone or dropped us. The last event; the receiver disconnects after it.
+    /// The daemon was gone, and the engine is attached again, with everything registered.
+    Reattached {
+        /// `host:port`: where peers reach this engine now.
+        session_id: String,
+        /// Where they reached it before, if that was somewhere else: they must be told.
+        moved_from: Option<String>,
+        /// Of the daemon; the same as before where it had only lost touch with the engine.
+        boot_id: [u8; 16],
+    },
+    /// The lease ended for good: the daemon refuses this engine, or it is not to attach again. The last event;
+    /// the receiver disconnects after it.
     Detached {
         /// For people.
         cause: String,

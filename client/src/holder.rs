@@ -1,39 +1,26 @@
-//! The thread that holds the lease: it reads the daemon's events, listens for its silence, and carries the
-//! transfers that `submit` hands it.
+//! The thread that holds the lease: it reads the daemon's events, listens for its silence, attaches again after a
+//! daemon restart, and carries the transfers that `submit` hands it.
 //!
 //! It outlives the lease, so that transfers handed over get their verdict: everything ends when the engine's
-//! last handle is dropped. Here is where re-attaching after a daemon restart belongs: another turn of
-//! `attach` and `hold` with the same key.
+//! last handle is dropped.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use kvferry_proto::engine::v1::{self as wire, engine_client::EngineClient, engine_event};
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
-    time,
 };
-use tonic::{Streaming, transport::Channel};
 
 use crate::{
-    EngineOptions, Error, Event, Failure, Reason, Report, TransferId,
-    attach::{self, Attached},
+    EngineOptions, Error, Event, Failure, Reason, Report,
+    attach::{self, Attached, Introduction},
     caller::{Caller, Core},
-    connection,
-    error::describe,
     event::Fanout,
-    lease::{Ending, Lease},
+    reattach,
     submit::Order,
-    transfer,
+    transfer, watch,
 };
 
-/// Pause between two questions whether the daemon is still there.
-const BEAT: Duration = Duration::from_secs(1);
-/// An unanswered question is judged in ticks that this thread was awake for, so that a stopped engine does
-/// not take its own sleep for the daemon's silence.
-const TICK: Duration = Duration::from_millis(500);
-/// Ticks without an answer that are silence: 5 s.
-const SILENT_TICKS: u32 = 10;
 /// Transfers handed over and not yet taken up by this thread.
 pub(crate) const SUBMISSIONS: usize = 1024;
 
@@ -72,8 +59,8 @@ impl Holder {
             attempt = begin(&options) => attempt,
             () = attached.closed() => return,
         };
-        let (core, lease) = match attempt {
-            Ok((core, lease)) => (core, lease),
+        let (core, attachment) = match attempt {
+            Ok(begun) => begun,
             Err(error) => {
                 let _told = attached.send(Err(error));
                 return;
@@ -83,114 +70,71 @@ impl Holder {
             return;
         }
         // Not over the lease's connection: its beats must not queue behind payload descriptions.
-        let caller = Caller::new(core.clone(), connection::lazy(&core.socket));
+        let caller = Caller::connect(&core);
         let mut work = Work { submissions, caller, running: JoinSet::new() };
-        let ending = tokio::select! {
-            ending = hold(&core, lease.events, lease.client, &events) => ending,
+        tokio::select! {
+            () = keep(&core, &options, attachment, &events) => {}
+            () = watch::orphans(&core, &events) => {}
             () = work.run() => return,
-        };
-        tracing::warn!(session = core.lease.session_id, cause = ending.cause, "the lease has ended");
-        lease.end.send_replace(Some(ending.clone()));
-        events.detach(ending.cause);
-        work.run().await;
+        }
+        // Detached for good; what was handed over still gets its verdict.
+        tokio::select! {
+            () = watch::orphans(&core, &events) => {}
+            () = work.run() => {}
+        }
     }
 }
 
-/// What keeps a lease and is not shared.
-struct Held {
-    events: Streaming<wire::EngineEvent>,
-    client: EngineClient<Channel>,
-    end: tokio::sync::watch::Sender<Option<Ending>>,
+/// An attachment, and the key it was made with.
+struct Attachment {
+    seed: [u8; 32],
+    attached: Attached,
 }
 
-async fn begin(options: &EngineOptions) -> Result<(Arc<Core>, Held), Error> {
+async fn begin(options: &EngineOptions) -> Result<(Arc<Core>, Attachment), Error> {
     let seed = transfer::random()?;
-    let Attached { lease, events, client, end } = attach::attach(options, &seed).await?;
-    let core = Core::new(options.socket.clone(), lease)?;
-    Ok((Arc::new(core), Held { events, client, end }))
+    let introduction = Introduction {
+        options,
+        seed: &seed,
+        number: 0,
+        port: options.preferred_port,
+        known_peers: Vec::new(),
+        revocations: None,
+        patience: options.attach_timeout,
+    };
+    let attached = attach::attach(introduction).await?;
+    let core = Core::new(options, attached.lease.clone())?;
+    Ok((Arc::new(core), Attachment { seed, attached }))
 }
 
-/// Returns when the lease has ended.
-async fn hold(
-    core: &Core,
-    mut stream: Streaming<wire::EngineEvent>,
-    client: EngineClient<Channel>,
-    events: &Fanout,
-) -> Ending {
-    let mut silence = pin!(silence(client));
-    loop {
-        let cause = tokio::select! {
-            message = stream.message() => match message {
-                Ok(Some(message)) => {
-                    if let Some(event) = translate(core, message) {
-                        events.send(&event);
-                    }
-                    continue;
-                }
-                Ok(None) => "the daemon ended it".to_owned(),
-                Err(status) => describe(&status),
-            },
-            () = &mut silence => {
-                let cause = format!("the daemon is silent for {:?}", TICK * SILENT_TICKS);
-                return Ending { cause, silent: true };
-            }
+/// Holds one lease after the other. Returns when there will be no other, and everybody was told.
+async fn keep(core: &Arc<Core>, options: &EngineOptions, attachment: Attachment, events: &Fanout) {
+    let Attachment { seed, mut attached } = attachment;
+    let cause = loop {
+        let Attached { lease, events: stream, client, end } = attached;
+        let ending = watch::hold(core, &lease, stream, client, events).await;
+        tracing::warn!(session = lease.session_id, cause = ending.cause, "the lease has ended");
+        end.send_replace(Some(ending.clone()));
+        core.unsettled.look();
+        if !options.reattach {
+            break ending.cause;
+        }
+        attached = match reattach::again(core, options, &seed, events).await {
+            Ok(attached) => attached,
+            Err(error) => break format!("{}; then: {error}", ending.cause),
         };
-        return settle(&core.lease, cause).await;
-    }
-}
-
-/// A daemon that leaves closes its sockets first: better to know, before anybody is told, that it has exited.
-async fn settle(lease: &Lease, cause: String) -> Ending {
-    lease.process.wait_exit().await;
-    let cause = if lease.process.has_exited() { format!("{cause}; its process has exited") } else { cause };
-    Ending { cause, silent: false }
-}
-
-/// Returns when the daemon does not answer any more. Any answer is life, errors included; a broken connection
-/// is for the event stream to notice.
-async fn silence(mut client: EngineClient<Channel>) {
-    loop {
-        let mut beat = pin!(client.get_node(wire::GetNodeRequest {}));
-        let mut unanswered = 0;
-        loop {
-            tokio::select! {
-                biased;
-                _ = &mut beat => break,
-                () = time::sleep(TICK) => unanswered += 1,
-            }
-            if unanswered == SILENT_TICKS {
-                return;
-            }
-        }
-        time::sleep(BEAT).await;
-    }
-}
-
-/// `None` for what this library has no word for: a newer daemon may say more.
-fn translate(core: &Core, message: wire::EngineEvent) -> Option<Event> {
-    Some(match message.event? {
-        engine_event::Event::SessionChanged(changed) => Event::SessionChanged {
-            state: changed.state(),
-            session: changed.session_id,
-            cause: changed.cause.map(Failure::from),
-        },
-        engine_event::Event::TransferSettled(reply) => {
-            let piece = TransferId::from_wire(&reply.transfer_id)?;
-            let batch = core.cuts.batch_of(piece);
-            if batch != piece {
-                core.cuts.end(batch);
-            }
-            Event::TransferSettled(Report::from_wire(batch, reply))
-        }
-        engine_event::Event::RegionInvalidated(invalidated) => Event::RegionInvalidated {
-            region: invalidated.region_id,
-            cause: invalidated.cause.map(Failure::from),
-        },
-        engine_event::Event::Draining(draining) => {
-            Event::Draining { grace: Duration::from_millis(draining.grace_ms) }
-        }
-        engine_event::Event::Attached(_) | engine_event::Event::Notification(_) => return None,
-    })
+        let now = attached.lease.clone();
+        core.renew(now.clone());
+        tracing::info!(session = now.session_id, "attached again");
+        events.send(&Event::Reattached {
+            session_id: now.session_id.clone(),
+            moved_from: reattach::moved_from(&lease, &now),
+            boot_id: now.boot_id,
+        });
+    };
+    core.give_up();
+    tracing::warn!(cause, "detached for good");
+    events.detach(cause);
 }
 
 /// The transfers of `submit`.
@@ -216,13 +160,13 @@ impl Work {
 
     fn start(&mut self, Submission { order, reply }: Submission) {
         // A receiver that is gone (`Pending` was dropped) does not want to know: `send` may fail below.
-        let most = usize::try_from(self.caller.core.lease.limits.transfers).unwrap_or(usize::MAX).max(1);
+        let most = usize::try_from(self.caller.core.facts().limits.transfers).unwrap_or(usize::MAX).max(1);
         if self.running.len() >= most {
             let failure = Failure::new(Reason::Limit, format!("{most} transfers are under way"));
             let _told = reply.send(Err(Error::Refused(failure)));
             return;
         }
-        let caller = self.caller.clone();
+        let caller = self.caller.renewed().clone();
         self.running.spawn(async move {
             let _told = reply.send(caller.transfer(order).await);
         });

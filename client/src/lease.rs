@@ -2,18 +2,28 @@
 //!
 //! The daemon being *gone* and it being *proven gone* are two things. A socket closes while its process is
 //! still about to write into our memory; only a process that has exited entirely touches nothing any more.
-//! So a lost daemon makes transfers UNSETTLED, and FAILED only once its pidfd says that it has exited.
+//! So a lost daemon makes transfers UNSETTLED, and FAILED only once its pidfd says that it has exited, or the
+//! engine is attached again: a daemon starts only after its predecessor has exited, and one that lives releases
+//! an engine's earlier attachment before it grants another.
 
-use std::{os::fd::OwnedFd, path::PathBuf, time::Duration};
+use std::{
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering::SeqCst},
+    time::Duration,
+};
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, PidfdFlags},
 };
 use tokio::{sync::watch, time};
-use tonic::metadata::{Binary, MetadataValue};
+use tonic::{
+    Request,
+    metadata::{Binary, MetadataValue},
+};
 
-use crate::{Failure, Outcome, Reason, Report, TransferId};
+use crate::{Failure, Outcome, Reason, Report, Settlement, TransferId};
 
 /// What the daemon takes at most.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +44,8 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 const EXIT_WAIT: Duration = Duration::from_secs(1);
 /// Pause between two looks whether it has.
 const EXIT_LOOK: Duration = Duration::from_millis(5);
+/// Pause between two looks whether a lost daemon is proven gone.
+pub(crate) const PROOF_LOOK: Duration = Duration::from_millis(50);
 /// How long a call whose own connection broke waits for the lease to notice as well.
 const VERDICT_WAIT: Duration = Duration::from_secs(2);
 
@@ -49,6 +61,8 @@ pub(crate) struct Ending {
 /// The facts of an attachment. They die with the daemon's boot.
 #[derive(Debug)]
 pub(crate) struct Lease {
+    /// Counts this engine's attachments.
+    pub(crate) number: u64,
     pub(crate) engine_id: u64,
     pub(crate) session_id: String,
     pub(crate) boot_id: [u8; 16],
@@ -59,18 +73,29 @@ pub(crate) struct Lease {
     pub(crate) fd_socket: PathBuf,
     pub(crate) process: DaemonProcess,
     pub(crate) ended: watch::Receiver<Option<Ending>>,
+    /// The daemon said that it leaves.
+    pub(crate) draining: AtomicBool,
+    /// The engine is attached again: this attachment is released.
+    pub(crate) released: AtomicBool,
 }
 
 /// What is known of the end of a lost daemon.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Verdict {
-    /// Its process has exited: nobody on this node touches our memory for it.
+    /// Its process has exited, or has released us: nobody on this node touches our memory for it.
     Exited,
     /// It may still run.
     Unproven,
 }
 
 impl Lease {
+    /// A message of ours: the token says so.
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.metadata_mut().insert_bin(kvferry_proto::TOKEN_METADATA, self.token_metadata.clone());
+        request
+    }
+
     pub(crate) fn ending(&self) -> Option<Ending> {
         self.ended.borrow().clone()
     }
@@ -84,7 +109,7 @@ impl Lease {
     }
 
     /// Whether it ended in silence.
-    async fn wait_ended(&self) -> bool {
+    pub(crate) async fn wait_ended(&self) -> bool {
         let mut ended = self.ended.clone();
         match ended.wait_for(Option::is_some).await {
             Ok(ending) => ending.as_ref().is_some_and(|ending| ending.silent),
@@ -97,7 +122,44 @@ impl Lease {
     pub(crate) async fn verdict(&self) -> Verdict {
         // Running into the limit means that only the call's own connection broke: nothing is proven then.
         let _noticed = time::timeout(VERDICT_WAIT, self.wait_ended()).await;
-        if self.process.has_exited() { Verdict::Exited } else { Verdict::Unproven }
+        self.standing()
+    }
+
+    /// Whether it is proven that nobody touches our memory for this attachment. Meaningful once it has ended.
+    pub(crate) fn standing(&self) -> Verdict {
+        if self.released.load(SeqCst) || self.process.has_exited() {
+            Verdict::Exited
+        } else {
+            Verdict::Unproven
+        }
+    }
+
+    /// Whether it has ended, or ends within a moment.
+    pub(crate) async fn ends_soon(&self) -> bool {
+        time::timeout(VERDICT_WAIT, self.wait_ended()).await.is_ok()
+    }
+
+    /// Whether the daemon leaves: by its own word, or because it is gone.
+    pub(crate) async fn leaves(&self) -> bool {
+        // Its word may come after an answer that it gave because of it.
+        let said = async {
+            while !self.draining.load(SeqCst) {
+                time::sleep(PROOF_LOOK).await;
+            }
+        };
+        tokio::select! {
+            () = said => true,
+            ended = self.ends_soon() => ended,
+        }
+    }
+}
+
+impl From<Verdict> for Settlement {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Exited => Self::Settled,
+            Verdict::Unproven => Self::Unsettled,
+        }
     }
 }
 
@@ -105,7 +167,9 @@ impl Verdict {
     /// The end of a transfer that the daemon did not tell. Its peer half is unknown in any case.
     pub(crate) fn report(self, id: TransferId) -> Report {
         let (outcome, message) = match self {
-            Self::Exited => (Outcome::Failed, "the daemon of this node has exited"),
+            Self::Exited => {
+                (Outcome::Failed, "the daemon of this node has exited, or has released this engine")
+            }
             Self::Unproven => (
                 Outcome::Unsettled,
                 "the daemon of this node does not answer, and is not proven to have exited",
@@ -129,6 +193,11 @@ impl DaemonProcess {
             })
             .ok(),
         )
+    }
+
+    /// Known to run. False where nothing is known.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.0.is_some() && !self.has_exited()
     }
 
     pub(crate) fn has_exited(&self) -> bool {

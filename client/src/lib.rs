@@ -39,11 +39,13 @@
 //! - Pages are given away only after what may still come to them was revoked: [`Engine::revoke`] for ranges,
 //!   [`Engine::revoke_tag`] for all of a request. A peer that was never met is stopped by a tag alone.
 //! - [`Engine`] blocks, [`aio::Engine`] does not. Both keep one background thread, `kvferry-lease`.
+//! - A daemon restart is survived: the engine attaches again by itself, with its key, its port and everything
+//!   registered ([`Event::Reattached`]). Calls fail with [`Error::NoDaemon`] meanwhile.
 //! - Handles do not survive fork: a child gets [`Error::Forked`] and must attach for itself.
 //!
 //! The way of a call through the modules: `engine` or `aio` (whose thread, whose runtime) -> `caller` and
 //! `submit` (which messages, and what their loss means) -> `pipe` (a blocking thread's open stream) ->
-//! `connection`. `holder` is the background thread.
+//! `connection`. `holder` is the background thread: `attach` and `reattach` begin a lease, `watch` sees its end.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod aio;
@@ -58,18 +60,25 @@ mod cuts;
 mod engine;
 mod error;
 mod event;
+mod facts;
 mod fds;
 mod fork;
+mod held;
 mod holder;
 mod lease;
 mod links;
 mod memory;
 mod node;
 mod options;
+mod peers;
 mod pipe;
+mod reattach;
+mod regions;
 mod revocations;
 mod submit;
 mod transfer;
+mod unsettled;
+mod watch;
 
 pub use buffer::SharedBuffer;
 pub use caller::Probe;

@@ -21,6 +21,8 @@ use crate::{Error, connection, pipe::Pipe};
 /// One thread's way to the daemon.
 #[derive(Debug)]
 pub(crate) struct Link {
+    /// The attachment it was made for.
+    attachment: u64,
     pub(crate) channel: Channel,
     pub(crate) pipe: Arc<Pipe>,
     /// Taken in `drop` alone.
@@ -29,7 +31,7 @@ pub(crate) struct Link {
 
 impl Link {
     /// Connects when first used.
-    pub(crate) fn new(socket: &Path) -> Result<Self, Error> {
+    pub(crate) fn new(socket: &Path, attachment: u64) -> Result<Self, Error> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
@@ -38,7 +40,7 @@ impl Link {
             let _inside = runtime.enter();
             connection::lazy(socket)
         };
-        Ok(Self { channel, pipe: Arc::default(), runtime: Some(runtime) })
+        Ok(Self { attachment, channel, pipe: Arc::default(), runtime: Some(runtime) })
     }
 
     /// Panics inside an async context, as every blocking call of tokio does.
@@ -61,13 +63,14 @@ impl Drop for Link {
 pub(crate) struct Links(Mutex<HashMap<ThreadId, Arc<Link>>>);
 
 impl Links {
-    /// This thread's link, made on its first call.
-    pub(crate) fn mine(self: &Arc<Self>, socket: &Path) -> Result<Arc<Link>, Error> {
+    /// This thread's link, made on its first call, and anew for every attachment: between calls nobody drives
+    /// the connection, so the first call after a restart would be the one to find it broken.
+    pub(crate) fn mine(self: &Arc<Self>, socket: &Path, attachment: u64) -> Result<Arc<Link>, Error> {
         let thread = thread::current().id();
-        if let Some(link) = self.lock().get(&thread) {
+        if let Some(link) = self.lock().get(&thread).filter(|link| link.attachment == attachment) {
             return Ok(link.clone());
         }
-        let link = Arc::new(Link::new(socket)?);
+        let link = Arc::new(Link::new(socket, attachment)?);
         self.lock().insert(thread, link.clone());
         // A thread that is just ending has no farewell any more; its link goes with the engine.
         let _farewell = FAREWELL.try_with(|farewell| farewell.note(self));
@@ -123,14 +126,16 @@ mod tests {
     fn a_thread_keeps_its_link_and_takes_it_along_when_it_ends() {
         let links = Arc::new(Links::default());
         let socket = Path::new("/nonexistent/engine.sock");
-        let (mine, again) = (links.mine(socket).unwrap(), links.mine(socket).unwrap());
+        let (mine, again) = (links.mine(socket, 0).unwrap(), links.mine(socket, 0).unwrap());
         assert!(Arc::ptr_eq(&mine, &again));
+        let next = links.mine(socket, 1).unwrap();
+        assert!(!Arc::ptr_eq(&mine, &next), "the connection to a daemon goes with it");
         let other = links.clone();
-        let link = thread::spawn(move || Arc::downgrade(&other.mine(socket).unwrap())).join().unwrap();
+        let link = thread::spawn(move || Arc::downgrade(&other.mine(socket, 1).unwrap())).join().unwrap();
         assert_eq!(link.strong_count(), 0, "the thread has ended");
         assert_eq!(links.lock().len(), 1);
         let mine = Arc::downgrade(&{ mine });
-        drop(again);
+        drop((again, next));
         drop(links);
         assert_eq!(mine.strong_count(), 0, "the engine has ended");
     }

@@ -50,6 +50,7 @@ impl From<types::Region> for Region {
 }
 
 /// One registration, seen from the wire: the range, and the file where it has one.
+#[derive(Clone, Debug)]
 pub(crate) struct Backing {
     pub(crate) base: u64,
     pub(crate) length: u64,

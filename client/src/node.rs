@@ -34,7 +34,7 @@ impl Node {
     /// # Errors
     /// [`Error::NoDaemon`] says what is there instead.
     pub fn connect(socket: &Path) -> Result<Self, Error> {
-        let link = Link::new(socket)?;
+        let link = Link::new(socket, 0)?;
         link.block_on(connection::open(socket))?;
         Ok(Self { socket: socket.to_owned(), link: Owned::new(link) })
     }

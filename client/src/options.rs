@@ -28,6 +28,9 @@ pub struct EngineOptions {
     pub advertise_host: Option<String>,
     /// Port wanted for the endpoint; `None`: any.
     pub preferred_port: Option<u16>,
+    /// Attach again, with everything registered, when the daemon restarts, for as long as the engine lives.
+    /// False: the end of the daemon is the end of the attachment.
+    pub reattach: bool,
     /// How long the daemon may take from connecting to its first event. It may have to release a previous
     /// attachment first.
     pub attach_timeout: Duration,
@@ -58,6 +61,7 @@ impl Default for EngineOptions {
             transports: Vec::new(),
             advertise_host: None,
             preferred_port: None,
+            reattach: true,
             attach_timeout: Duration::from_secs(10),
         }
     }

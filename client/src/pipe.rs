@@ -10,7 +10,9 @@ use std::sync::{Mutex, PoisonError};
 use kvferry_proto::engine::v1::{self as wire, engine_client::EngineClient};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, Streaming, transport::Channel};
+use tonic::{Status, Streaming, transport::Channel};
+
+use crate::lease::Lease;
 
 /// Where the stream is kept between two transfers of its thread.
 #[derive(Debug, Default)]
@@ -19,22 +21,22 @@ pub(crate) struct Pipe(Mutex<Option<Open>>);
 #[derive(Debug)]
 struct Open {
     /// Attachments have tokens of their own: a stream belongs to the one it was opened for.
-    token: Vec<u8>,
+    attachment: u64,
     requests: mpsc::Sender<wire::TransferRequest>,
     replies: Streaming<wire::TransferReply>,
 }
 
 impl Pipe {
-    /// Sends one transfer, whole, and waits for its reply. `open` makes the request that opens a stream.
+    /// Sends one transfer, whole, and waits for its reply.
     pub(crate) async fn exchange(
         &self,
         client: &EngineClient<Channel>,
-        token: &[u8],
+        lease: &Lease,
         message: wire::TransferRequest,
-        open: impl FnOnce(ReceiverStream<wire::TransferRequest>) -> Request<ReceiverStream<wire::TransferRequest>>,
     ) -> Result<wire::TransferReply, Status> {
         let id = message.transfer_id.clone();
-        let kept = self.slot().take().filter(|kept| kept.token == token && !kept.requests.is_closed());
+        let kept =
+            self.slot().take().filter(|kept| kept.attachment == lease.number && !kept.requests.is_closed());
         let mut stream = match kept {
             Some(kept) => {
                 kept.requests.send(message).await.map_err(|_| ended())?;
@@ -44,9 +46,9 @@ impl Pipe {
                 let (requests, outgoing) = mpsc::channel(1);
                 // The first message goes with the call: the daemon may answer nothing before it has one.
                 requests.send(message).await.map_err(|_| ended())?;
-                let request = open(ReceiverStream::new(outgoing));
+                let request = lease.request(ReceiverStream::new(outgoing));
                 let replies = client.clone().transfer_stream(request).await?.into_inner();
-                Open { token: token.to_vec(), requests, replies }
+                Open { attachment: lease.number, requests, replies }
             }
         };
         loop {

@@ -156,7 +156,6 @@ impl Revocations {
     }
 
     /// What the next daemon must know before the endpoint listens. From now on calls are noted for that one.
-    #[allow(dead_code, reason = "for the turn of `attach` after a daemon restart")]
     pub(crate) fn hand_over(&self) -> wire::Revocations {
         let mut state = self.lock();
         state.tags.retain(|_, since| since.elapsed() < TAG_LIFE);

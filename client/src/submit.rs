@@ -1,6 +1,9 @@
 //! Carrying a transfer to the daemon and its end back: one message, chunks of one id, or several transfers.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvferry_proto::engine::v1 as wire;
 use tokio::time;
@@ -9,10 +12,16 @@ use tonic::{Code, Status};
 use crate::{
     Error, Failure, Outcome, Reason, Report, Slices, Transfer, TransferId,
     batch::{self, Chunks},
-    caller::{ANSWER_MARGIN, Caller, Core},
+    caller::{ANSWER_MARGIN, Caller, Core, STRANGER},
     error::NoReply,
+    lease::{Lease, PROOF_LOOK, Verdict},
     transfer::millis,
 };
+
+/// Life of a transfer where nobody says: the daemon's default.
+const LIFETIME: Duration = Duration::from_secs(30);
+/// Deadlines beyond it are as good as none, and sums of instants stay far from overflow.
+const LONGEST_LIFETIME: Duration = Duration::from_secs(86_400);
 
 /// A transfer with its id.
 #[derive(Debug)]
@@ -32,61 +41,111 @@ impl Order {
 
 impl Caller {
     /// An error means that nothing was started.
-    pub(crate) async fn transfer(&self, mut order: Order) -> Result<Report, Error> {
-        let count = order.transfer.slices.count()?;
-        if order.fresh && self.core.lease.ending().is_some() {
-            return Err(self.core.no_daemon(String::new()));
+    pub(crate) async fn transfer(&self, order: Order) -> Result<Report, Error> {
+        let Order { id, fresh, transfer } = order;
+        let mut transfer = transfer;
+        let slices = Arc::new(std::mem::take(&mut transfer.slices));
+        let count = slices.count()?;
+        let give_up = Instant::now() + self.lifetime(&transfer);
+        loop {
+            let lease = self.core.lease();
+            if fresh && lease.ending().is_some() {
+                return Err(self.core.no_daemon(&lease, String::new()));
+            }
+            let report = if count as u64 > lease.limits.slices.max(1) {
+                self.cut(&lease, id, &transfer, &slices).await?
+            } else {
+                self.one(&lease, id, transfer.header(id), slices.clone()).await?
+            };
+            if !was_drained(&report) || !self.core.returns() || !lease.leaves().await {
+                return Ok(report);
+            }
+            if let Some(ended) = self.hold_back(&lease, &report, give_up).await {
+                return Ok(ended);
+            }
+            transfer.deadline = Some(give_up.saturating_duration_since(Instant::now()));
         }
-        if count as u64 > self.core.lease.limits.slices.max(1) {
-            return self.cut(order, count).await;
+    }
+
+    /// How long a transfer may be held back for another daemon.
+    fn lifetime(&self, transfer: &Transfer) -> Duration {
+        let policy = [transfer.policy.deadline, self.core.policy.deadline];
+        transfer.deadline.or(policy[0]).or(policy[1]).unwrap_or(LIFETIME).min(LONGEST_LIFETIME)
+    }
+
+    /// The daemon leaves and has not taken the transfer: waits until the engine is attached again. Otherwise how
+    /// the transfer ends instead.
+    async fn hold_back(&self, lease: &Lease, report: &Report, give_up: Instant) -> Option<Report> {
+        let Some(holding) = self.core.held.hold(report.id) else { return Some(report.clone()) };
+        let next = async {
+            while self.core.returns() {
+                // Woken now and then, because an engine that will not be attached again does not say so here.
+                if time::timeout(PROOF_LOOK, self.core.after(lease)).await.is_ok() {
+                    return None;
+                }
+            }
+            Some(report.clone())
+        };
+        tokio::select! {
+            next = next => next,
+            () = holding.cancelled() => {
+                let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
+                Some(Report { outcome: Outcome::Cancelled, failure: Some(failure), ..report.clone() })
+            }
+            () = time::sleep_until(give_up.into()) => Some(report.clone()),
         }
-        let slices = std::mem::take(&mut order.transfer.slices);
-        self.one(order.id, order.transfer.header(order.id), slices).await
     }
 
     /// A batch that the daemon takes as one transfer.
     async fn one(
         &self,
+        lease: &Arc<Lease>,
         id: TransferId,
         header: wire::TransferRequest,
-        slices: Slices,
+        slices: Arc<Slices>,
     ) -> Result<Report, Error> {
-        let step = self.core.lease.limits.chunk_slices.max(1);
+        let step = lease.limits.chunk_slices.max(1);
         let (count, bytes) = (slices.local.len() as u64, slices.bytes());
         let reply = if count <= step {
-            let message = wire::TransferRequest { slices: Some(slices.into_wire()), ..header };
+            let slices = slices.part(0..slices.local.len()).into_wire();
+            let message = wire::TransferRequest { slices: Some(slices), ..header };
             let call = if self.pipe.is_some() { "TransferStream" } else { "Transfer" };
-            self.ask(call, self.whole(message)).await
+            self.ask(lease, call, self.whole(lease, message)).await
         } else {
-            let rpc = self.stream(id, Chunks::new(id, header, slices, step));
-            self.ask("TransferStream", rpc).await
+            let rpc = self.stream(lease, id, Chunks::new(id, header, slices, step));
+            self.ask(lease, "TransferStream", rpc).await
         };
-        match reply {
-            Ok(reply) => Ok(Report::from_wire(id, reply)),
-            Err(NoReply::Answered(error)) => Err(error),
-            Err(NoReply::Lost(..)) => {
-                let verdict = self.core.lease.verdict().await;
-                Ok(Report { slices: count, bytes, ..verdict.report(id) })
-            }
-        }
+        let report = match reply {
+            Ok(reply) => Report::from_wire(id, reply),
+            Err(NoReply::Answered(error)) => return Err(error),
+            Err(NoReply::Lost(STRANGER, seen)) => return Err(self.core.no_daemon(lease, seen)),
+            Err(NoReply::Lost(..)) => Report { slices: count, bytes, ..lease.verdict().await.report(id) },
+        };
+        Ok(self.core.unsettled.note(id, lease, report))
     }
 
-    async fn whole(&self, message: wire::TransferRequest) -> Result<wire::TransferReply, Status> {
+    async fn whole(
+        &self,
+        lease: &Lease,
+        message: wire::TransferRequest,
+    ) -> Result<wire::TransferReply, Status> {
         match &self.pipe {
-            Some(pipe) => {
-                let token = &self.core.lease.token;
-                pipe.exchange(&self.client, token, message, |messages| self.request(messages)).await
-            }
+            Some(pipe) => pipe.exchange(&self.client, lease, message).await,
             None => {
                 let mut client = self.client.clone();
-                client.transfer(self.request(message)).await.map(tonic::Response::into_inner)
+                client.transfer(lease.request(message)).await.map(tonic::Response::into_inner)
             }
         }
     }
 
-    async fn stream(&self, id: TransferId, chunks: Chunks) -> Result<wire::TransferReply, Status> {
+    async fn stream(
+        &self,
+        lease: &Lease,
+        id: TransferId,
+        chunks: Chunks,
+    ) -> Result<wire::TransferReply, Status> {
         let mut client = self.client.clone();
-        let messages = self.request(tokio_stream::iter(chunks));
+        let messages = lease.request(tokio_stream::iter(chunks));
         let mut replies = client.transfer_stream(messages).await?.into_inner();
         while let Some(reply) = replies.message().await? {
             if reply.transfer_id == id.0 {
@@ -97,9 +156,14 @@ impl Caller {
     }
 
     /// A batch larger than the daemon takes: one transfer after the other, until one does not get done.
-    async fn cut(&self, mut order: Order, count: usize) -> Result<Report, Error> {
-        let (id, limit) = (order.id, self.core.lease.limits.slices.max(1));
-        let slices = std::mem::take(&mut order.transfer.slices);
+    async fn cut(
+        &self,
+        lease: &Arc<Lease>,
+        id: TransferId,
+        transfer: &Transfer,
+        slices: &Slices,
+    ) -> Result<Report, Error> {
+        let (count, limit) = (slices.local.len(), lease.limits.slices.max(1));
         tracing::info!(
             transfer = ?id,
             slices = count,
@@ -110,7 +174,7 @@ impl Caller {
             let text = "too many batches that had to be cut are under way";
             return Err(Error::Refused(Failure::new(Reason::Limit, text)));
         }
-        let result = self.pieces(&order, &slices, count, limit).await;
+        let result = self.pieces(lease, id, transfer, slices).await;
         if !matches!(&result, Ok(report) if report.outcome == Outcome::Unsettled) {
             self.core.cuts.end(id);
         }
@@ -120,26 +184,27 @@ impl Caller {
 
     async fn pieces(
         &self,
-        order: &Order,
+        lease: &Arc<Lease>,
+        id: TransferId,
+        transfer: &Transfer,
         slices: &Slices,
-        count: usize,
-        limit: u64,
     ) -> Result<Report, Error> {
+        let (count, limit) = (slices.local.len(), lease.limits.slices.max(1));
         let started = Instant::now();
         let mut whole: Option<Report> = None;
         for (index, range) in batch::ranges(count, limit).enumerate() {
-            let piece = batch::piece_id(order.id, index);
-            let header = match remaining(order.transfer.deadline, started) {
+            let piece = batch::piece_id(id, index);
+            let header = match remaining(transfer.deadline, started) {
                 Remaining::Until(deadline_ms) => {
-                    wire::TransferRequest { deadline_ms, ..order.transfer.header(piece) }
+                    wire::TransferRequest { deadline_ms, ..transfer.header(piece) }
                 }
-                Remaining::Nothing => return Ok(stopped(whole, order.id, Reason::Deadline)),
+                Remaining::Nothing => return Ok(stopped(whole, id, Reason::Deadline)),
             };
-            if !self.core.cuts.advance(order.id, piece) {
-                return Ok(stopped(whole, order.id, Reason::Cancelled));
+            if !self.core.cuts.advance(id, piece) {
+                return Ok(stopped(whole, id, Reason::Cancelled));
             }
             let first = range.start;
-            let report = match self.one(piece, header, slices.part(range)).await {
+            let report = match self.one(lease, piece, header, Arc::new(slices.part(range))).await {
                 Ok(report) => report,
                 // Nothing of the batch was started if nothing of its first piece was.
                 Err(error) if whole.is_none() => return Err(error),
@@ -157,29 +222,59 @@ impl Caller {
     /// `Duration::MAX` waits until it is over.
     pub(crate) async fn wait(&self, id: TransferId, timeout: Duration) -> Result<Report, Error> {
         const CALL: &str = "Wait";
+        if let Some(report) = self.core.unsettled.end_of(id) {
+            return Ok(report);
+        }
         let current = self.core.cuts.current(id);
+        if let Some(lost) = self.core.unsettled.lost_with(current) {
+            return Ok(self.outlast(&lost, id, timeout).await);
+        }
+        let (lease, begun) = (self.core.lease(), Instant::now());
         let message = wire::WaitRequest {
-            boot_id: self.core.lease.boot_id.to_vec(),
+            boot_id: lease.boot_id.to_vec(),
             transfer_id: current.0.to_vec(),
             // 0 is how the wire says "until it is over".
             timeout_ms: if timeout == Duration::MAX { 0 } else { millis(timeout).max(1) },
         };
         let mut client = self.client.clone();
-        let rpc = self.ask(CALL, client.wait(self.request(message)));
+        let rpc = self.ask(&lease, CALL, client.wait(lease.request(message)));
         let reply = time::timeout(timeout.saturating_add(ANSWER_MARGIN), rpc)
             .await
             .map_err(|_| Error::Timeout(timeout))?;
         let report = match reply {
-            Ok(reply) => Report::from_wire(id, reply.into_inner()),
+            Ok(reply) => {
+                let report = Report::from_wire(id, reply.into_inner());
+                Report { id, ..self.core.unsettled.note(current, &lease, report) }
+            }
             Err(NoReply::Answered(error)) => return Err(error),
             Err(NoReply::Lost(Code::DeadlineExceeded, _)) => return Err(Error::Timeout(timeout)),
-            Err(NoReply::Lost(..)) => self.core.lease.verdict().await.report(id),
+            Err(NoReply::Lost(..)) => {
+                lease.ends_soon().await;
+                self.outlast(&lease, id, timeout.saturating_sub(begun.elapsed())).await
+            }
         };
         if report.outcome != Outcome::Unsettled && current != id {
             self.core.cuts.end(id);
         }
         Ok(report)
     }
+
+    /// The end of a transfer whose daemon is gone: waits for the proof, where there will be one.
+    async fn outlast(&self, lease: &Lease, id: TransferId, timeout: Duration) -> Report {
+        let proof = async {
+            while lease.standing() == Verdict::Unproven && self.core.returns() {
+                time::sleep(PROOF_LOOK).await;
+            }
+        };
+        let _in_time = time::timeout(timeout, proof).await;
+        lease.standing().report(id)
+    }
+}
+
+/// The daemon leaves, and nothing of the transfer was sent.
+fn was_drained(report: &Report) -> bool {
+    let drained = report.failure.as_ref().is_some_and(|failure| failure.reason == Reason::Draining);
+    report.outcome == Outcome::Failed && drained && report.path.is_none() && report.bytes_done == 0
 }
 
 enum Remaining {

@@ -10,6 +10,7 @@ pub mod app;
 pub mod config;
 mod convert;
 pub mod domain;
+mod durable;
 pub mod engine;
 pub mod memory;
 pub mod peer;

@@ -29,6 +29,8 @@ pub struct Launch {
     environment: Vec<(String, String)>,
     admin: String,
     prefix: Vec<String>,
+    ports: (u16, u16),
+    state_dir: PathBuf,
 }
 
 impl Launch {
@@ -36,6 +38,7 @@ impl Launch {
     pub fn new() -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new().prefix("kvferry-").tempdir()?;
         let socket = directory.path().join("engine.sock");
+        let state_dir = directory.path().join("state");
         Ok(Self {
             directory,
             socket,
@@ -43,6 +46,8 @@ impl Launch {
             environment: Vec::new(),
             admin: "127.0.0.1:0".to_owned(),
             prefix: Vec::new(),
+            ports: ports(),
+            state_dir,
         })
     }
 
@@ -64,6 +69,12 @@ impl Launch {
         self
     }
 
+    /// Another daemon's state directory.
+    pub fn state_dir(mut self, path: &Path) -> Self {
+        path.clone_into(&mut self.state_dir);
+        self
+    }
+
     /// Where the admin port shall listen.
     pub fn admin(mut self, address: impl Into<String>) -> Self {
         self.admin = address.into();
@@ -80,17 +91,7 @@ impl Launch {
     pub fn start(self) -> anyhow::Result<Daemon> {
         let child = self.command()?.spawn().context("starting kvferryd")?;
         let mut daemon = Daemon { launch: self, child, exit: None };
-        let begin = Instant::now();
-        // A stale socket file refuses; only a listening daemon accepts.
-        while UnixStream::connect(daemon.socket()).is_err() {
-            if let Some(status) = daemon.poll_exit()? {
-                bail!("kvferryd ended at its start with {status}:\n{}", daemon.log());
-            }
-            if begin.elapsed() > PATIENCE {
-                bail!("kvferryd does not listen after {PATIENCE:?}:\n{}", daemon.log());
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
+        daemon.listens()?;
         Ok(daemon)
     }
 
@@ -110,7 +111,7 @@ impl Launch {
         let folder = self.directory.path();
         let config = folder.join("kvferryd.toml");
         fs::write(&config, &self.config)?;
-        let (first, last) = ports();
+        let (first, last) = self.ports;
         let log = File::options().create(true).append(true).open(self.log_file())?;
         let mut command = match self.prefix.split_first() {
             Some((program, arguments)) => {
@@ -126,7 +127,7 @@ impl Launch {
             .arg("--socket")
             .arg(&self.socket)
             .arg("--state-dir")
-            .arg(folder.join("state"))
+            .arg(&self.state_dir)
             .args(["--bind-host", "127.0.0.1", "--advertise-host", "127.0.0.1"])
             .args(["--endpoint-ports", &format!("{first}-{last}"), "--admin", &self.admin])
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
@@ -223,7 +224,52 @@ impl Daemon {
         }
     }
 
-    /// Kills it and starts another with the same files, socket and configuration (on other ports).
+    /// What outlives it.
+    pub fn state_dir(&self) -> &Path {
+        &self.launch.state_dir
+    }
+
+    /// Kills it and starts another at once, with the same files, socket, configuration and ports: while the first
+    /// is still on its way out.
+    pub fn kill_and_restart(&mut self) -> anyhow::Result<()> {
+        self.kill_and_spawn()?;
+        self.listens()
+    }
+
+    /// As [`Daemon::kill_and_restart`], without waiting until the other one serves.
+    pub fn kill_and_spawn(&mut self) -> anyhow::Result<()> {
+        self.process().signal(Signal::KILL)?;
+        let next = self.launch.command()?.spawn().context("starting kvferryd")?;
+        std::mem::replace(&mut self.child, next).wait()?;
+        self.exit = None;
+        Ok(())
+    }
+
+    /// Starts another after it has ended by itself, with the same files, socket, configuration and ports.
+    pub fn start_again(&mut self) -> anyhow::Result<()> {
+        self.wait_exit(PATIENCE)?;
+        self.child = self.launch.command()?.spawn().context("starting kvferryd")?;
+        self.exit = None;
+        self.listens()
+    }
+
+    /// Returns when it serves engines.
+    pub fn listens(&mut self) -> anyhow::Result<()> {
+        let begin = Instant::now();
+        // A stale socket file refuses; only a listening daemon accepts.
+        while UnixStream::connect(self.socket()).is_err() {
+            if let Some(status) = self.poll_exit()? {
+                bail!("kvferryd ended at its start with {status}:\n{}", self.log());
+            }
+            if begin.elapsed() > PATIENCE {
+                bail!("kvferryd does not listen after {PATIENCE:?}:\n{}", self.log());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Kills it and starts another with the same files, socket, configuration and ports.
     pub fn restart_after_kill(mut self) -> anyhow::Result<Self> {
         self.stop()?;
         let mut other = Launch::new()?;

@@ -115,7 +115,8 @@ impl Daemon {
         let said = BufReader::new(child.stdout.take().unwrap());
         let mut daemon = Self { child, said };
         let socket = daemon.hear("socket ").into();
-        let engine = Engine::attach(EngineOptions { socket, ..EngineOptions::default() }).unwrap();
+        let engine =
+            Engine::attach(EngineOptions { socket, reattach: false, ..EngineOptions::default() }).unwrap();
         (daemon, engine)
     }
 

@@ -7,3 +7,4 @@ mod calls;
 mod fake;
 mod fork;
 mod lost;
+mod restart;

@@ -280,11 +280,11 @@ pub(super) fn state(state: State) -> types::SessionState {
 pub(super) fn event(event: EngineEvent) -> wire::EngineEvent {
     use wire::engine_event::Event;
     let event = match event {
-        EngineEvent::SessionChanged(session, to, cause) => Event::SessionChanged(wire::SessionChanged {
+        EngineEvent::SessionChanged(session, to, pin, cause) => Event::SessionChanged(wire::SessionChanged {
             session_id: session.to_string(),
             state: state(to).into(),
             cause: cause.as_ref().map(types::Failure::from),
-            ..Default::default()
+            incarnation: pin.map_or_else(Vec::new, |pin| pin.0.to_vec()),
         }),
         EngineEvent::TransferSettled(settled) => Event::TransferSettled(report(&settled)),
         EngineEvent::Draining(grace) => {

@@ -32,11 +32,14 @@ pub(super) async fn register(
         engine.fds.take(handle);
     }
     match registered {
-        Ok((regions, layouts)) => wire::RegisterRegionsReply {
-            regions: regions.iter().map(types::Region::from).collect(),
-            layouts: layouts.iter().map(types::Layout::from).collect(),
-            failure: None,
-        },
+        Ok((regions, layouts)) => {
+            engine.registered_all();
+            wire::RegisterRegionsReply {
+                regions: regions.iter().map(types::Region::from).collect(),
+                layouts: layouts.iter().map(types::Layout::from).collect(),
+                failure: None,
+            }
+        }
         Err(failure) => {
             tracing::warn!(engine = %engine.id, name = engine.name, %failure, "registration refused");
             wire::RegisterRegionsReply { failure: Some((&failure).into()), ..Default::default() }

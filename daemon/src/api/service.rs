@@ -94,7 +94,8 @@ impl EngineApi for EngineService {
         let boot = BootId(crate::convert::bytes("boot_id", &request.boot_id)?);
         let id = convert::transfer_id("transfer_id", &request.transfer_id)?;
         if boot != self.node.resources.boot {
-            return Ok(Response::new(convert::report(&transfers::of_an_earlier_boot(id))));
+            let report = transfers::of_an_earlier_boot(&engine, id).map_err(|failure| status(&failure))?;
+            return Ok(Response::new(convert::report(&report)));
         }
         let verdict = engine.find(&self.node, id).map_err(|failure| status(&failure))?;
         let limit = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));

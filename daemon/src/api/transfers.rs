@@ -94,9 +94,15 @@ pub(super) async fn ended(mut verdict: Verdict, limit: Option<Duration>) -> Resu
     })
 }
 
-/// A transfer of another run of the daemon: that run has exited, so this side is settled.
-pub(super) fn of_an_earlier_boot(id: TransferId) -> Report {
-    Report { peer_half: PeerHalf::Unconfirmed, ..Report::refused(id, Failure::plain(Reason::OwnDaemonGone)) }
+/// A transfer of an earlier run of the daemon: this run began after that one's process had exited, so this side
+/// is settled; what became of the bytes, nobody here knows. A transfer of this run has an end of its own, whatever
+/// boot the caller names.
+pub(super) fn of_an_earlier_boot(engine: &Engine, id: TransferId) -> Result<Report, Failure> {
+    if engine.log.find(id).is_some() {
+        return Err(Failure::new(Reason::BadArgument, "boot_id: the transfer is of the running daemon"));
+    }
+    let gone = Failure::plain(Reason::OwnDaemonGone);
+    Ok(Report { peer_half: PeerHalf::Unconfirmed, ..Report::refused(id, gone) })
 }
 
 /// Many transfers on one stream; replies come in the order they end.

@@ -1,6 +1,7 @@
 //! Wiring: the daemon put together from its parts, its start, its drain and its end.
 
 mod admin;
+mod predecessor;
 mod start;
 mod state_dir;
 
@@ -25,6 +26,9 @@ use crate::{
 
 /// How often a drain looks whether it is over.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// How long a daemon that leaves waits for its ports to be recorded.
+const RECORD_WAIT: Duration = Duration::from_secs(2);
 
 /// Without a byte from any peer for this long, nothing is in flight towards this node.
 const INBOUND_QUIET: Duration = Duration::from_millis(200);
@@ -91,6 +95,9 @@ impl Daemon {
         }
         self.stop.send_replace(true);
         while self.servers.join_next().await.is_some() {}
+        let node = self.node.clone();
+        // It waits for a disk.
+        let _ = tokio::task::spawn_blocking(move || node.resources.ports.flush(RECORD_WAIT)).await;
         if let Some(admin) = self.admin.take() {
             // It joins its thread: not on this runtime's worker.
             let _ = tokio::task::spawn_blocking(move || admin.shutdown()).await;

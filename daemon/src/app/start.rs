@@ -16,7 +16,7 @@ use crate::{
     domain::BootId,
     engine::{Node, Resources},
     memory::{LockPolicy, RegionDriver, Registrar},
-    peer::Ports,
+    peer::{PortSettings, Ports},
     session::secret::Secret,
     telemetry::{Metrics, RegistrarSample},
     transport::{local::CopyPool, tcp::Carriers},
@@ -39,7 +39,7 @@ pub enum StartError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The state directory cannot be used, or another daemon uses it.
+    /// The state directory cannot be used, or the daemon that used it has not exited.
     #[error("endpoint.state_dir {path}: {wrong}")]
     StateDir {
         /// Where.
@@ -83,10 +83,10 @@ fn internal(doing: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
 pub(super) async fn start(config: Config, driver: Arc<dyn RegionDriver>) -> Result<Daemon, StartError> {
     // Before anything is bound: it is configuration.
     let secret = read_secret(&config.security)?;
-    let state_dir = StateDir::open(&config.endpoint.state_dir)?;
+    let state_dir = StateDir::open(&config.endpoint.state_dir, config.restart.predecessor()).await?;
     let engines = socket::bind(&config.endpoint.socket)?;
     let fds = socket::bind(&config.endpoint.fd_socket())?;
-    let node = Node::new(resources(config, state_dir.node_id().to_owned(), secret, driver)?);
+    let node = Node::new(resources(config, &state_dir, secret, driver)?);
     let config = &node.resources.config;
     let admin = config.admin.address().map(|address| start_admin(address, &node)).transpose()?;
 
@@ -110,7 +110,7 @@ pub(super) async fn start(config: Config, driver: Arc<dyn RegionDriver>) -> Resu
 
 fn resources(
     config: Config,
-    node_id: String,
+    state_dir: &StateDir,
     secret: Option<Secret>,
     driver: Arc<dyn RegionDriver>,
 ) -> Result<Resources, StartError> {
@@ -125,14 +125,18 @@ fn resources(
     let metrics = Metrics::new(move || sample(&sampled));
     let carriers = Carriers::start(config.tcp.threads).map_err(internal("the lane threads"))?;
     let copies = CopyPool::start(config.local.threads).map_err(internal("the copy threads"))?;
-    let ports = Ports::new(
-        config.endpoint.bind_host,
-        config.endpoint.ports.ports(),
-        config.endpoint.port_quarantine(),
-    );
+    let ports = PortSettings {
+        bind: config.endpoint.bind_host,
+        range: config.endpoint.ports.ports(),
+        quarantine: config.endpoint.port_quarantine(),
+        grace: config.restart.grace(),
+        record: Some(state_dir.ports()),
+    };
+    let ports =
+        Ports::open(ports, metrics.unrecorded_ports.clone()).map_err(internal("the record of ports"))?;
     Ok(Resources {
         config,
-        node_id,
+        node_id: state_dir.node_id().to_owned(),
         boot: BootId::random(),
         secret,
         started: Instant::now(),

@@ -1,54 +1,117 @@
-//! The state directory: what outlives the daemon, and the lock that keeps two of them apart.
+//! The state directory: what outlives the daemon, and what keeps two of them apart.
+//!
+//! `lock` is held while a daemon runs; `daemon` says which process it is; `node-id` is the node's name; `ports`
+//! is written by [`Ports`](crate::peer::Ports). A spoilt file never stops a start: it is logged, and as good as
+//! none.
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, Read, Write},
-    path::Path,
+    io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::StartError;
-use crate::domain::BootId;
+use super::{StartError, predecessor::Identity};
+use crate::{domain::BootId, durable};
+
+/// Pause between two looks whether the lock is free.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Held while the daemon runs.
 #[derive(Debug)]
 pub(super) struct StateDir {
+    path: PathBuf,
     node_id: String,
     _lock: File,
 }
 
 impl StateDir {
-    /// Makes the directory where it is missing, locks it, and reads or mints the node id.
-    pub(super) fn open(path: &Path) -> Result<Self, StartError> {
+    /// Makes the directory where it is missing, waits until the daemon before this one has exited, and takes
+    /// its place.
+    ///
+    /// # Errors
+    /// The earlier daemon has not exited within `patience`: the message names its pid. Or the directory cannot
+    /// be used.
+    pub(super) async fn open(path: &Path, patience: Duration) -> Result<Self, StartError> {
         let wrong = |wrong: String| StartError::StateDir { path: path.to_owned(), wrong };
         let io = |error: io::Error| wrong(error.to_string());
         std::fs::create_dir_all(path).map_err(io)?;
-        let open = |name| {
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path.join(name))
-        };
-        let lock = open("lock").map_err(io)?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| wrong("another daemon uses it".to_owned()))?;
-        let mut file = open("node-id").map_err(io)?;
-        let mut node_id = String::new();
-        // A half-written id, from a crash at the first start, is as good as none.
-        if file.read_to_string(&mut node_id).is_err() || !is_node_id(node_id.trim()) {
-            node_id = mint();
-            file.set_len(0).map_err(io)?;
-            io::Seek::rewind(&mut file).map_err(io)?;
-            writeln!(file, "{node_id}").and_then(|()| file.sync_all()).map_err(io)?;
+        let lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path.join("lock"))
+            .map_err(io)?;
+        let record = path.join("daemon");
+        let own = Identity::own().map_err(io)?;
+        if !succeed(&lock, &record, &own, Instant::now() + patience).await {
+            let who =
+                predecessor(&record).map_or_else(String::new, |daemon| format!(" (pid {})", daemon.pid()));
+            let waited = patience.as_millis();
+            return Err(wrong(format!(
+                "another daemon{who} uses it and has not exited within {waited} ms (restart.predecessor_ms)"
+            )));
         }
-        Ok(Self { node_id: node_id.trim().to_owned(), _lock: lock })
+        durable::replace(&record, own.to_string().as_bytes()).map_err(io)?;
+        let node_id = node_id(&path.join("node-id")).map_err(io)?;
+        Ok(Self { path: path.to_owned(), node_id, _lock: lock })
     }
 
     pub(super) fn node_id(&self) -> &str {
         &self.node_id
     }
+
+    /// Where ports are recorded.
+    pub(super) fn ports(&self) -> PathBuf {
+        self.path.join("ports")
+    }
 }
 
-fn mint() -> String {
-    BootId::random().0.iter().map(|byte| format!("{byte:02x}")).collect()
+/// Whether the lock is ours and the daemon that had it before has exited, by `end`.
+async fn succeed(lock: &File, record: &Path, own: &Identity, end: Instant) -> bool {
+    while flock(lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if Instant::now() >= end {
+            return false;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    // Read under the lock: whoever wrote it last is the one before us.
+    match predecessor(record) {
+        Some(predecessor) => predecessor.exited(own, end).await,
+        None => true,
+    }
+}
+
+fn predecessor(record: &Path) -> Option<Identity> {
+    match std::fs::read(record) {
+        Ok(bytes) => {
+            let identity = Identity::parse(&String::from_utf8_lossy(&bytes));
+            if identity.is_none() {
+                tracing::warn!(file = %record.display(), "the record of the last daemon is spoilt");
+            }
+            identity
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            tracing::warn!(file = %record.display(), %error, "the record of the last daemon cannot be read");
+            None
+        }
+    }
+}
+
+/// Read, or minted and recorded.
+fn node_id(file: &Path) -> io::Result<String> {
+    match std::fs::read_to_string(file) {
+        Ok(text) if is_node_id(text.trim()) => return Ok(text.trim().to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        _ => tracing::warn!(file = %file.display(), "the node id is spoilt: the node gets a new one"),
+    }
+    let id: String = BootId::random().0.iter().map(|byte| format!("{byte:02x}")).collect();
+    durable::replace(file, format!("{id}\n").as_bytes())?;
+    Ok(id)
 }
 
 fn is_node_id(text: &str) -> bool {
@@ -59,15 +122,46 @@ fn is_node_id(text: &str) -> bool {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_node_id_outlives_the_daemon_and_the_lock_does_not() {
+    const BRIEF: Duration = Duration::from_millis(50);
+    const PATIENT: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn the_node_id_outlives_the_daemon_and_the_lock_does_not() {
         let directory = tempfile::tempdir().expect("a directory");
-        let first = StateDir::open(directory.path()).expect("opens");
+        let first = StateDir::open(directory.path(), BRIEF).await.expect("opens");
         let id = first.node_id().to_owned();
         assert!(is_node_id(&id));
-        let refused = StateDir::open(directory.path()).expect_err("locked");
-        assert!(refused.to_string().contains("another daemon"));
+        let refused = StateDir::open(directory.path(), BRIEF).await.expect_err("locked").to_string();
+        assert!(refused.contains(&format!("(pid {})", std::process::id())), "{refused}");
         drop(first);
-        assert_eq!(StateDir::open(directory.path()).expect("opens again").node_id(), id);
+        // The record names this very process, which lives on: as if killed, but not gone yet.
+        let refused = StateDir::open(directory.path(), BRIEF).await.expect_err("not exited").to_string();
+        assert!(refused.contains("restart.predecessor_ms"), "{refused}");
+        std::fs::remove_file(directory.path().join("daemon")).expect("forgotten");
+        assert_eq!(StateDir::open(directory.path(), BRIEF).await.expect("opens again").node_id(), id);
+    }
+
+    #[tokio::test]
+    async fn a_lock_that_becomes_free_in_time_is_waited_for() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let lock = File::create(directory.path().join("lock")).expect("created");
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).expect("locked");
+        let opens = StateDir::open(directory.path(), PATIENT);
+        let unlocks = async {
+            tokio::time::sleep(BRIEF).await;
+            drop(lock);
+        };
+        let (opened, ()) = tokio::join!(opens, unlocks);
+        opened.expect("it became free");
+    }
+
+    #[tokio::test]
+    async fn spoilt_files_stop_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for file in ["daemon", "node-id"] {
+            std::fs::write(directory.path().join(file), b"\xff\0spoilt").expect("written");
+        }
+        let opened = StateDir::open(directory.path(), BRIEF).await.expect("opens");
+        assert!(is_node_id(opened.node_id()));
     }
 }

@@ -7,7 +7,7 @@ use clap::Parser;
 /// The per-node daemon that moves KV-cache slices between LLM engines.
 ///
 /// Each flag stands for one key of the configuration and wins over the file and the environment. Exit codes:
-/// 0 ok, 2 bad configuration, 3 cannot bind, 70 internal error.
+/// 0 ok, 2 bad configuration, 3 cannot bind or the daemon before has not exited, 70 internal error.
 #[derive(Clone, Debug, Default, Parser)]
 #[command(name = "kvferryd", version)]
 pub struct Flags {

@@ -18,8 +18,8 @@ use std::ffi::OsString;
 pub use error::{ConfigError, Problem};
 pub use flags::Flags;
 pub use schema::{
-    Admin, Config, Control, Drain, Endpoint, Fence, Limits, Local, Log, Memory, Process, Registration, Retry,
-    Security, Session, Tcp,
+    Admin, Config, Control, Drain, Endpoint, Fence, Limits, Local, Log, Memory, Process, Registration,
+    Restart, Retry, Security, Session, Tcp,
 };
 pub use values::{LockMode, LogFormat, PortRange, ProcessMode, Transport};
 

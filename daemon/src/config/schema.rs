@@ -63,6 +63,8 @@ section! {
         admin: Admin = Admin::default(),
         /// Leaving.
         drain: Drain = Drain::default(),
+        /// Coming back.
+        restart: Restart = Restart::default(),
         /// The control runtime.
         control: Control = Control::default(),
         /// Logging.
@@ -75,7 +77,7 @@ section! {
     Endpoint {
         /// Unix socket for engines.
         socket: PathBuf = "/run/kvferry/engine.sock".into(),
-        /// What outlives the daemon: its node id.
+        /// What outlives the daemon: its node id, which process it is, and its ports.
         state_dir: PathBuf = "/var/lib/kvferry".into(),
         /// Address that endpoints are bound to.
         bind_host: IpAddr = IpAddr::from([127, 0, 0, 1]),
@@ -239,6 +241,16 @@ section! {
 }
 
 section! {
+    /// Coming back.
+    Restart {
+        /// Wait at the start for an earlier daemon's exit.
+        predecessor_ms: u64 = 10_000,
+        /// How long an earlier daemon's ports are held for the engines that had them.
+        grace_ms: u64 = 10_000,
+    }
+}
+
+section! {
     /// The control runtime.
     Control {
         /// Threads for gRPC, timers and heartbeats; payload has threads of its own.
@@ -362,5 +374,17 @@ impl Drain {
     /// [`Drain::timeout_ms`]
     pub fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms)
+    }
+}
+
+impl Restart {
+    /// [`Restart::predecessor_ms`]
+    pub fn predecessor(&self) -> Duration {
+        Duration::from_millis(self.predecessor_ms)
+    }
+
+    /// [`Restart::grace_ms`]
+    pub fn grace(&self) -> Duration {
+        Duration::from_millis(self.grace_ms)
     }
 }

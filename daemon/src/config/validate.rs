@@ -42,7 +42,7 @@ impl Check<'_> {
 }
 
 fn ranges(config: &Config, check: &mut Check<'_>) {
-    let Config { endpoint, retry, session, fence, tcp, local, limits, drain, control, .. } = config;
+    let Config { endpoint, retry, session, fence, tcp, local, limits, drain, restart, control, .. } = config;
     let table: &[(&str, u64, u64, u64)] = &[
         ("endpoint.handshake_timeout_ms", endpoint.handshake_timeout_ms, 1, MAX_MS),
         ("endpoint.unclassified", endpoint.unclassified as u64, 1, 65_536),
@@ -77,6 +77,8 @@ fn ranges(config: &Config, check: &mut Check<'_>) {
         // What is told to every peer when a session opens, so it must fit into one message.
         ("limits.revocations", limits.revocations as u64, 1, 65_536),
         ("drain.timeout_ms", drain.timeout_ms, 0, MAX_MS),
+        ("restart.predecessor_ms", restart.predecessor_ms, 0, MAX_MS),
+        ("restart.grace_ms", restart.grace_ms, 0, MAX_MS),
         ("control.threads", control.threads as u64, 1, 256),
     ];
     for &(key, value, least, most) in table {

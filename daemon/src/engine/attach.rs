@@ -5,7 +5,7 @@
 //! given back after (I10, I6).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::{Duration, Instant},
@@ -28,12 +28,12 @@ use crate::{
         Source,
     },
     peer::{
-        Context, Timing,
+        Context, Listening, Timing,
         endpoint::{Admission, Endpoint},
         target::Target,
     },
     policy::{HealthPolicy, RetryPolicy, RevocationLimits, RevocationList, Revocations},
-    session::{identity, inbound::Inbound, outbound},
+    session::{identity, inbound::Inbound, outbound, outbound::Pin},
     transfer::log::{LogLimits, TransferLog},
 };
 
@@ -167,7 +167,9 @@ impl Node {
         // Before the endpoint listens: no peer meets it without its past.
         let memory = self.memory_for(caller, request.revocations)?;
         register_probe_region(&memory).await?;
-        let listener = resources.ports.listen(request.preferred_port)?;
+        let allowed = allowed(&config.paths(), &request.transports)?;
+        let incarnation = identity::incarnation(&request.key);
+        let Listening { listener, returns } = resources.ports.listen(request.preferred_port, incarnation)?;
         let port = listener
             .local_addr()
             .map_err(|error| Failure::io(Reason::PortUnavailable, "the endpoint's address", &error))?
@@ -175,7 +177,6 @@ impl Node {
         let session_id =
             session_id(request.advertise_host.unwrap_or_else(|| config.endpoint.advertised()), port);
         let timing = Timing { heartbeat: config.session.heartbeat(), silence: config.session.silence() };
-        let allowed = allowed(&config.paths(), &request.transports)?;
         let inbound = Inbound::new(memory.clone(), resources.carriers.clone(), config.limits.sessions);
         let target = Target::new(
             resources.boot,
@@ -195,9 +196,12 @@ impl Node {
             timeout: config.endpoint.handshake_timeout(),
             unclassified: config.endpoint.unclassified,
         };
-        let endpoint = Endpoint::open(listener, target.clone(), admission)
-            .map_err(|error| Failure::io(Reason::PortUnavailable, "listening on the endpoint", &error))?;
-        let incarnation = identity::incarnation(&request.key);
+        let complete = watch::Sender::new(!returns);
+        let ready = complete_within(complete.subscribe(), config.restart.grace());
+        let endpoint = Endpoint::open(listener, target.clone(), admission, ready).map_err(|error| {
+            resources.ports.give_back(port);
+            Failure::io(Reason::PortUnavailable, "listening on the endpoint", &error)
+        })?;
         let context = Arc::new(Context {
             boot: resources.boot,
             key: request.key,
@@ -238,15 +242,12 @@ impl Node {
                 peer_wait: config.fence.peer_wait(),
                 settle: config.fence.settle(),
             },
-            known_peers: request
-                .known_peers
-                .into_iter()
-                .map(|peer| (peer.session_id, peer.incarnation))
-                .collect(),
+            known_peers: Mutex::new(pins(request.known_peers, config.session.pin_idle())),
             max_sessions: config.limits.sessions,
             next_session: AtomicU64::new(0),
             sessions: Mutex::default(),
             endpoint: Mutex::new(Some(endpoint)),
+            complete,
             gone: watch::Sender::new(None),
         }))
     }
@@ -299,6 +300,11 @@ impl Node {
 }
 
 impl Engine {
+    /// It has registered memory: an engine that came back has registered all it had.
+    pub fn registered_all(&self) {
+        self.complete.send_replace(true);
+    }
+
     /// Ends the lease; what follows is done by the node. The first cause counts.
     pub fn end_lease(&self, why: Failure) {
         self.gone.send_if_modified(|gone| {
@@ -332,6 +338,18 @@ impl Engine {
         let mut tasks = std::mem::take(&mut *self.sessions()).tasks;
         while tasks.join_next().await.is_some() {}
     }
+}
+
+/// An engine that comes back registers at once what it had. Its peers are at the door: a session opened before
+/// would find nothing registered, and fail transfers that a moment later are good.
+async fn complete_within(mut complete: watch::Receiver<bool>, grace: Duration) {
+    let _ = tokio::time::timeout(grace, complete.wait_for(|complete| *complete)).await;
+}
+
+/// Whom an engine says it has met counts as met now: its pins do not outlast those of a daemon that stayed.
+fn pins(known: Vec<KnownPeer>, lapse: Duration) -> HashMap<SessionId, Pin> {
+    let until = Instant::now() + lapse;
+    known.into_iter().map(|peer| (peer.session_id, Pin { incarnation: peer.incarnation, until })).collect()
 }
 
 fn session_id(host: String, port: u16) -> SessionId {

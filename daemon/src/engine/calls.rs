@@ -166,6 +166,7 @@ impl Engine {
 
     /// Accepts whoever is at that session id now.
     pub async fn reset(&self, session: &SessionId) -> Result<(), Failure> {
+        self.forget_peer(session);
         self.session(session)?.ask(Command::Reset).await.ok_or_else(|| self.gone_failure())
     }
 
@@ -206,7 +207,7 @@ impl Engine {
             let message = format!("{} sessions of this engine exist (limits.sessions)", self.max_sessions);
             return Err(Failure::new(Reason::Limit, message));
         }
-        let known = self.known_peers.get(target).copied();
+        let known = self.known_peer(target);
         let policy = self.session_policy.clone();
         let core = Outbound::new(target.clone(), policy, known, self.next_first_lane(), Instant::now());
         let handle = peer::initiator::start(self.context.clone(), target.clone(), core, &mut sessions.tasks);

@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::Notify;
 
 use crate::{
-    domain::{Failure, Report, SessionId},
+    domain::{Failure, Incarnation, Report, SessionId},
     session::outbound::State,
 };
 
@@ -19,8 +19,8 @@ const LIMIT: usize = 1024;
 /// One thing an engine is told.
 #[derive(Clone, Debug)]
 pub enum EngineEvent {
-    /// A session changed its state.
-    SessionChanged(SessionId, State, Option<Failure>),
+    /// A session changed its state, or whom it is pinned to.
+    SessionChanged(SessionId, State, Option<Incarnation>, Option<Failure>),
     /// A transfer that was answered UNSETTLED is over.
     TransferSettled(Report),
     /// The daemon goes away within this time.

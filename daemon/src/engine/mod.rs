@@ -31,7 +31,7 @@ use crate::{
     memory::{EngineMemory, FdShelf, PROBE_BASE},
     peer::{Context, endpoint::Endpoint, target::Target},
     policy::RetryPolicy,
-    session::{Handle, inbound::Inbound},
+    session::{Handle, inbound::Inbound, outbound::Pin},
     transfer::log::TransferLog,
 };
 
@@ -69,12 +69,15 @@ pub struct Engine {
     target: Arc<Target>,
     context: Arc<Context>,
     session_policy: crate::session::outbound::Policy,
-    known_peers: HashMap<SessionId, Incarnation>,
+    /// Whom it had met before it attached. Locked for map steps only.
+    known_peers: Mutex<HashMap<SessionId, Pin>>,
     max_sessions: usize,
     next_session: AtomicU64,
     /// Locked for map steps only.
     sessions: Mutex<Sessions>,
     endpoint: Mutex<Option<Endpoint>>,
+    /// Memory was registered, or is not waited for: sessions may come in.
+    complete: watch::Sender<bool>,
     /// Set once, when the lease has ended.
     gone: watch::Sender<Option<Failure>>,
 }
@@ -124,6 +127,16 @@ impl Engine {
 
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whom the session to that endpoint begins with.
+    fn known_peer(&self, target: &SessionId) -> Option<Pin> {
+        self.known_peers.lock().unwrap_or_else(PoisonError::into_inner).get(target).copied()
+    }
+
+    /// A reset: whoever is there now is as good.
+    fn forget_peer(&self, target: &SessionId) {
+        self.known_peers.lock().unwrap_or_else(PoisonError::into_inner).remove(target);
     }
 
     fn handles(&self) -> Vec<Handle> {

@@ -7,7 +7,7 @@ use std::{
 
 use super::{EngineEvent, EventQueue};
 use crate::{
-    domain::{Failure, Report, SessionId, TransferId},
+    domain::{Failure, Incarnation, Report, SessionId, TransferId},
     peer::Outcomes,
     session::outbound::State,
     telemetry::{Metrics, SessionState},
@@ -39,7 +39,13 @@ impl Outcomes for Teller {
         self.events.push(EngineEvent::TransferSettled(report));
     }
 
-    fn session_changed(&self, session: &SessionId, state: State, cause: Option<Failure>) {
+    fn session_changed(
+        &self,
+        session: &SessionId,
+        state: State,
+        pin: Option<Incarnation>,
+        cause: Option<Failure>,
+    ) {
         let counted = match state {
             State::Idle => SessionState::Idle,
             State::Opening => SessionState::Opening,
@@ -58,7 +64,7 @@ impl Outcomes for Teller {
             }
             _ => tracing::info!(%session, ?state, "session"),
         }
-        self.events.push(EngineEvent::SessionChanged(session.clone(), state, cause));
+        self.events.push(EngineEvent::SessionChanged(session.clone(), state, pin, cause));
     }
 }
 

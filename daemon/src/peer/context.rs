@@ -33,8 +33,14 @@ pub trait Outcomes: Send + Sync + Debug {
     fn unsettled(&self, transfer: TransferId, report: Report);
     /// A transfer that was told to be unsettled is over.
     fn settled(&self, report: Report);
-    /// A session changed its state.
-    fn session_changed(&self, session: &SessionId, state: State, cause: Option<Failure>);
+    /// A session changed its state, or whom it is pinned to.
+    fn session_changed(
+        &self,
+        session: &SessionId,
+        state: State,
+        pin: Option<Incarnation>,
+        cause: Option<Failure>,
+    );
 }
 
 /// What every outbound session of an engine shares.

@@ -50,15 +50,29 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens until closed. Must be called within the control runtime.
+    /// Listens until closed. Nobody is let in before `ready`: they wait, as connections do that the kernel has
+    /// accepted and the daemon has not. Must be called within the control runtime.
     pub fn open(
         listener: std::net::TcpListener,
         target: Arc<Target>,
         admission: Admission,
+        ready: impl Future<Output = ()> + Send + 'static,
     ) -> io::Result<Self> {
         let listener = TcpListener::from_std(listener)?;
         let (closing, closed) = watch::channel(false);
-        let task = tokio::spawn(serve(listener, target, admission, closed));
+        let mut over = closed.clone();
+        let task = tokio::spawn(async move {
+            let over = async {
+                let _ = over.wait_for(|closed| *closed).await;
+            };
+            let opens = tokio::select! {
+                () = ready => true,
+                () = over => false,
+            };
+            if opens {
+                serve(listener, target, admission, closed).await;
+            }
+        });
         Ok(Self { closing, task })
     }
 

@@ -341,7 +341,9 @@ impl Driver {
                     let _ = answer.send(result);
                 }
             }
-            Action::State(state, cause) => self.context.outcomes.session_changed(&self.target, state, cause),
+            Action::State(state, pin, cause) => {
+                self.context.outcomes.session_changed(&self.target, state, pin, cause);
+            }
         }
         None
     }

@@ -20,4 +20,4 @@ mod revokes;
 pub mod target;
 
 pub use context::{Context, Neighbours, Outcomes, Timing};
-pub use ports::Ports;
+pub use ports::{Listening, PortSettings, Ports};

@@ -61,6 +61,8 @@ pub struct Metrics {
     pub revoked_parts: Counter,
     /// Connections closed before they had said what they are.
     pub unclassified: Counter,
+    /// Writes of the record of ports that failed.
+    pub unrecorded_ports: Counter,
     /// Engines attached now.
     pub engines: Gauge,
     /// Transfers received and not ended.
@@ -95,6 +97,7 @@ impl Metrics {
             refused_revocations: Counter::default(),
             revoked_parts: Counter::default(),
             unclassified: Counter::default(),
+            unrecorded_ports: Counter::default(),
             engines: Gauge::default(),
             active_transfers: Gauge::default(),
             regions: Gauge::default(),
@@ -136,6 +139,11 @@ impl Metrics {
             "unclassified_connections",
             "Connections closed before they had said what they are",
             self.unclassified.clone(),
+        );
+        r.register(
+            "port_record_failures",
+            "Writes of the record of ports that failed",
+            self.unrecorded_ports.clone(),
         );
         r.register("attached_engines", "Engines attached now", self.engines.clone());
         r.register("registered_regions", "Regions registered now", self.regions.clone());
@@ -359,6 +367,6 @@ mod tests {
             assert!(has_unit, "{name} ({kind})");
             names += 1;
         }
-        assert_eq!(names, 25);
+        assert_eq!(names, 26);
     }
 }

@@ -22,6 +22,7 @@ use tonic::{Code, Status};
 
 pub(crate) const TOKEN: [u8; 32] = [0x42; 32];
 pub(crate) const BOOT: [u8; 16] = [0xb0; 16];
+pub(crate) const NEXT_BOOT: [u8; 16] = [0xb1; 16];
 pub(crate) const SESSION: &str = "127.0.0.1:20000";
 
 /// What the daemon answers to everything but Attach and GetNode.
@@ -58,6 +59,12 @@ struct State {
     cancels: Vec<Vec<u8>>,
     handed: Vec<Handed>,
     attached: Option<wire::AttachRequest>,
+    attaches: usize,
+    /// Number of the first region that the next registration gets.
+    first_region: u32,
+    unregistered: Vec<wire::UnregisterRegionsRequest>,
+    /// Base of a region that is never taken.
+    refused_base: Option<u64>,
     lease: Option<mpsc::Sender<Result<wire::EngineEvent, Status>>>,
     answer: Answer,
     fd_reason: u16,
@@ -160,6 +167,8 @@ impl Fake {
         EngineOptions {
             socket: self.socket(),
             name: "tester".into(),
+            // Tests of attaching again say so.
+            reattach: false,
             attach_timeout: Duration::from_secs(20),
             ..EngineOptions::default()
         }
@@ -190,6 +199,24 @@ impl Fake {
 
     pub(crate) fn registered(&self) -> Vec<wire::RegisterRegionsRequest> {
         self.shared.update(|state| state.registered.clone())
+    }
+
+    pub(crate) fn unregistered(&self) -> Vec<wire::UnregisterRegionsRequest> {
+        self.shared.update(|state| state.unregistered.clone())
+    }
+
+    /// Numbers regions from here on.
+    pub(crate) fn number_regions_from(&self, first: u32) {
+        self.shared.update(|state| state.first_region = first);
+    }
+
+    pub(crate) fn refuse_region_at(&self, base: u64) {
+        self.shared.update(|state| state.refused_base = Some(base));
+    }
+
+    /// Blocks until engines have attached so many times.
+    pub(crate) fn await_attaches(&self, count: usize) {
+        self.await_count(count, |state| state.attaches);
     }
 
     pub(crate) fn waits(&self) -> Vec<wire::WaitRequest> {
@@ -245,6 +272,32 @@ impl Fake {
             assert!(!left.is_zero(), "only {} of {count} arrived", arrived(&state));
             state = self.shared.changed.wait_timeout(state, left).unwrap().0;
         }
+    }
+
+    /// Another run of the daemon at the same sockets, which remembers nothing but what tests ask about.
+    pub(crate) fn restart(&mut self, first: First) {
+        self.die();
+        for socket in ["engine.sock", "engine.sock.fd"] {
+            std::fs::remove_file(self.dir.path().join(socket)).unwrap();
+        }
+        self.first = first;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        {
+            let _inside = runtime.enter();
+            self.serve();
+        }
+        self.runtime = Some(runtime);
+    }
+
+    /// What the next run answers to Attach, as usual but for its boot and a change.
+    pub(crate) fn next_boot(&self, change: impl FnOnce(&mut wire::Attached)) -> First {
+        let mut attached = Box::new(attached(self.dir.path()));
+        attached.boot_id = NEXT_BOOT.to_vec();
+        // A process that cannot be watched: ours will not exit.
+        attached.daemon_pid = 1;
+        change(&mut attached);
+        First::Attached(attached)
     }
 
     /// Every connection and both listeners close; the process they belong to, ours, lives on.

@@ -99,6 +99,7 @@ impl Service {
             _ => wire::Outcome::Done,
         };
         let done = if outcome == wire::Outcome::Done { slices } else { 0 };
+        let sent = failure.is_none();
         wire::TransferReply {
             transfer_id: id,
             outcome: outcome.into(),
@@ -109,7 +110,7 @@ impl Service {
             bytes: slices * 100,
             bytes_done: done * 100,
             attempts: 0,
-            path: types::Path::Tcp.into(),
+            path: if sent { types::Path::Tcp } else { types::Path::Unspecified }.into(),
             timings: Some(wire::Timings { total_us: 10, ..Default::default() }),
             ..Default::default()
         }
@@ -140,6 +141,7 @@ impl Engine for Service {
         }
         self.shared.update(|state| {
             state.attached = Some(request.into_inner());
+            state.attaches += 1;
             state.lease = Some(sender);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(events))))
@@ -152,8 +154,19 @@ impl Engine for Service {
         let (message, failure) = self
             .told("RegisterRegions", request, |state, message| state.registered.push(message.clone()))
             .await?;
+        let (begin, refused) = self.shared.update(|state| {
+            let begin = state.first_region;
+            state.first_region += message.regions.len() as u32;
+            (begin, state.refused_base)
+        });
+        let at = message.regions.iter().position(|spec| Some(spec.base) == refused);
+        let failure = failure.or(at.map(|at| types::Failure {
+            reason: types::Reason::UnsupportedMemory.into(),
+            index: Some(at as u64),
+            ..Default::default()
+        }));
         let region = |(index, spec): (usize, wire::RegionSpec)| types::Region {
-            id: index as u32 + 1,
+            id: begin + index as u32 + 1,
             generation: 1,
             base: spec.base,
             length: spec.length,
@@ -170,7 +183,9 @@ impl Engine for Service {
         &self,
         request: Request<wire::UnregisterRegionsRequest>,
     ) -> Result<Response<wire::SettleReply>, Status> {
-        self.told("UnregisterRegions", request, |_, _| {}).await.map(|(_, failure)| settled(failure))
+        self.told("UnregisterRegions", request, |state, message| state.unregistered.push(message.clone()))
+            .await
+            .map(|(_, failure)| settled(failure))
     }
 
     async fn transfer(

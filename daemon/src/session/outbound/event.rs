@@ -144,8 +144,8 @@ pub enum Action {
     Finish(Box<Run>, Report),
     /// The answer to a probe.
     Probed(u64, Result<(), Failure>),
-    /// The session changed its state.
-    State(State, Option<Failure>),
+    /// The session changed its state, or whom it is pinned to.
+    State(State, Option<Incarnation>, Option<Failure>),
 }
 
 impl Event {

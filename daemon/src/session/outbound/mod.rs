@@ -55,10 +55,12 @@ struct Peer {
 }
 
 /// Whom an engine has met at this session id: nobody else is accepted until then (I4).
-#[derive(Clone, Copy, Debug)]
-struct Pin {
-    incarnation: Incarnation,
-    until: Instant,
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Pin {
+    /// Who it is.
+    pub incarnation: Incarnation,
+    /// When the pin lapses.
+    pub until: Instant,
 }
 
 /// The core of one session.
@@ -88,22 +90,16 @@ pub struct Outbound {
     probing: probe::Probing,
     next_nonce: u64,
     shutdown: Option<Failure>,
-    told: State,
+    told: (State, Option<Incarnation>),
     last_failure: Option<Failure>,
     counts: Counts,
     actions: Vec<Action>,
 }
 
 impl Outbound {
-    /// A session nobody has used yet, pinned to whom the engine knows there. `first_lane` begins the range its lane ids are taken from.
-    pub fn new(
-        id: SessionId,
-        policy: Policy,
-        known: Option<Incarnation>,
-        first_lane: u64,
-        now: Instant,
-    ) -> Self {
-        let pin = known.map(|incarnation| Pin { incarnation, until: now + policy.pin_idle });
+    /// A session nobody has used yet, pinned to whom the engine knows there. `first_lane` begins the range its
+    /// lane ids are taken from.
+    pub fn new(id: SessionId, policy: Policy, pin: Option<Pin>, first_lane: u64, now: Instant) -> Self {
         Self {
             id,
             now,
@@ -124,7 +120,7 @@ impl Outbound {
             probing: probe::Probing::default(),
             next_nonce: 1,
             shutdown: None,
-            told: State::Idle,
+            told: (State::Idle, pin.filter(|pin| now < pin.until).map(|pin| pin.incarnation)),
             last_failure: None,
             counts: Counts::default(),
             actions: Vec::new(),
@@ -198,22 +194,26 @@ impl Outbound {
     }
 
     fn admit(&self, admitted: Admitted) -> Run {
-        let expects = match &self.peer {
-            Some(peer) if self.link.is_up() => Some(peer.incarnation),
-            _ => self.pinned(),
-        };
         let admit_epoch = match (admitted.known, &self.peer) {
             (Some((who, epoch)), Some(peer)) if who == peer.incarnation => Some(epoch),
             // Nobody was ever met there when the call arrived: it is admitted now.
             (None, Some(peer)) => Some(peer.epoch),
             _ => None,
         };
-        Run::new(admitted, expects, admit_epoch)
+        Run::new(admitted, self.met(), admit_epoch)
     }
 
     /// Who must be met, as long as the pin holds.
     fn pinned(&self) -> Option<Incarnation> {
         self.pin.filter(|pin| self.now < pin.until).map(|pin| pin.incarnation)
+    }
+
+    /// Whom the engine is to expect there after a restart of this daemon: who is there, or was while the pin holds.
+    fn met(&self) -> Option<Incarnation> {
+        match &self.peer {
+            Some(peer) if self.link.is_up() => Some(peer.incarnation),
+            _ => self.pinned(),
+        }
     }
 
     /// Why a new transfer would not even be queued.
@@ -246,9 +246,9 @@ impl Outbound {
     }
 
     fn tell_state(&mut self) {
-        let state = self.state();
-        if std::mem::replace(&mut self.told, state) != state {
-            self.actions.push(Action::State(state, self.last_failure.clone()));
+        let (state, pin) = (self.state(), self.met());
+        if std::mem::replace(&mut self.told, (state, pin)) != (state, pin) {
+            self.actions.push(Action::State(state, pin, self.last_failure.clone()));
         }
     }
 

@@ -56,6 +56,29 @@ fn i4_an_engine_that_attached_again_brings_its_pins() {
     assert_eq!(rig.core.runs[&id(1)].admit_epoch, Some(Epoch(7)));
 }
 
+/// C8, I4: what a pin handed over is worth is counted from the attach, however late the session is first used.
+#[test]
+fn i4_a_pin_that_was_handed_over_lapses_unless_its_peer_is_met() {
+    let mut rig = Rig::knowing(policy(), Some(ALICE));
+    rig.pass(policy().pin_idle);
+    rig.write(1, 1);
+    assert_eq!(rig.connects, [None]);
+}
+
+/// The engine is told whom it met, so that it can say so to the next daemon; and that a reset has undone it.
+#[test]
+fn i4_the_pin_is_told_with_the_state() {
+    let mut rig = Rig::new();
+    rig.write(1, 1);
+    assert_eq!(rig.told_pin, None);
+    rig.open(opened());
+    assert_eq!(rig.told_pin, Some(ALICE));
+    rig.control_ends(Reason::ConnectionLost);
+    assert_eq!(rig.told_pin, Some(ALICE));
+    rig.feed(Event::Reset);
+    assert_eq!(rig.told_pin, None);
+}
+
 /// I4: a reset accepts another engine, for those who come after it.
 #[test]
 fn i4_after_a_reset_only_those_admitted_before_it_end_with_another_engine() {

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::super::{Action, Event, Opened, Outbound, PlanFailure, PlanOrder, Policy, State};
+use super::super::{Action, Event, Opened, Outbound, Pin, PlanFailure, PlanOrder, Policy, State};
 pub(super) use super::words::*;
 use crate::{
     domain::{
@@ -59,6 +59,7 @@ pub(super) struct Rig {
     pub(super) finished: Vec<Report>,
     pub(super) probed: Vec<(u64, Result<(), Failure>)>,
     pub(super) states: Vec<State>,
+    pub(super) told_pin: Option<Incarnation>,
 }
 
 impl Rig {
@@ -72,6 +73,7 @@ impl Rig {
 
     pub(super) fn knowing(policy: Policy, known: Option<Incarnation>) -> Self {
         let now = Instant::now();
+        let known = known.map(|incarnation| Pin { incarnation, until: now + policy.pin_idle });
         let region = |info| Region::new(info, Backing::Process(own_memory())).0;
         let regions = [info(1, BASE, LENGTH), info(2, PROBE_BASE, PROBE_BYTES)];
         Self {
@@ -95,6 +97,7 @@ impl Rig {
             finished: vec![],
             probed: vec![],
             states: vec![],
+            told_pin: None,
         }
     }
 
@@ -173,7 +176,12 @@ impl Rig {
                 Action::Unsettled(_, report) => self.unsettled.push(report),
                 Action::Finish(_, report) => self.finished.push(report),
                 Action::Probed(ticket, result) => self.probed.push((ticket, result)),
-                Action::State(state, _) => self.states.push(state),
+                Action::State(state, pin, _) => {
+                    self.told_pin = pin;
+                    if self.states.last() != Some(&state) {
+                        self.states.push(state);
+                    }
+                }
             }
         }
         while self.plans_at_once && !self.plans.is_empty() {
