@@ -1,6 +1,6 @@
 //! What the life of a lane means for the parts on it: opened, lost, closed here, fenced there (I2).
 
-use std::time::Instant;
+use std::{collections::BTreeSet, time::Instant};
 
 use super::{
     Action, Event, MAX_DYING_LANES, Outbound,
@@ -69,16 +69,18 @@ impl Outbound {
         }
     }
 
-    /// The owner has said closed. Whoever's part was first in doubt pays, if the path is to blame.
+    /// The owner has said closed. If the path is to blame, somebody pays, but not before the target has said what
+    /// it applied: what was only not acknowledged yet is progress.
     pub(super) fn lane_closed(&mut self, lane: LaneId, cause: Failure) {
         let Some(state) = self.lanes.get_mut(&lane).filter(|state| state.phase != LanePhase::Closed) else {
             return;
         };
         state.phase = LanePhase::Closed;
         if cause.class() == Class::Fabric {
+            state.lost_to = Some(cause.clone());
             self.last_failure = Some(cause.clone());
             self.health.outage_began();
-            self.charge(lane, &cause);
+            self.end_unretried(lane, &cause);
             if self.wants_link() {
                 self.begin_cycle();
             }
@@ -91,23 +93,25 @@ impl Outbound {
         }
     }
 
-    fn charge(&mut self, lane: LaneId, cause: &Failure) {
+    /// Where no retry was allowed at all, any lost part is the end, at once.
+    fn end_unretried(&mut self, lane: LaneId, cause: &Failure) {
         let Some(state) = self.lanes.get(&lane) else { return };
-        let payer = state.first_in_doubt().map(|assigned| assigned.transfer);
-        let mut hit: Vec<TransferId> = state.in_doubt().map(|assigned| assigned.transfer).collect();
-        hit.sort_unstable();
-        hit.dedup();
+        let hit: BTreeSet<TransferId> = state.in_doubt().map(|assigned| assigned.transfer).collect();
         for transfer in hit {
             let Some(run) = self.runs.get_mut(&transfer).filter(|run| !run.is_ending()) else { continue };
-            // Where no retry was allowed at all, any lost part is the end, whoever was first in doubt.
-            let pays = Some(transfer) == payer || !run.admitted.policy.outlives_failed_open();
-            if !pays {
-                continue;
+            if !run.admitted.policy.outlives_failed_open() {
+                run.count_loss(self.now);
+                self.end(transfer, cause.clone());
             }
-            match run.count_loss(self.now) {
-                Verdict::Retry { .. } => self.counts.retries += 1,
-                Verdict::GiveUp => self.end(transfer, cause.clone()),
-            }
+        }
+    }
+
+    /// The transfer whose part was the first that the path lost pays for the lane's death.
+    fn charge(&mut self, payer: TransferId, cause: Failure) {
+        let Some(run) = self.runs.get_mut(&payer).filter(|run| !run.is_ending()) else { return };
+        match run.count_loss(self.now) {
+            Verdict::Retry { .. } => self.counts.retries += 1,
+            Verdict::GiveUp => self.end(payer, cause),
         }
     }
 
@@ -123,7 +127,8 @@ impl Outbound {
     }
 
     fn settle_lane(&mut self, lane: LaneId, record: &LaneRecord) {
-        let Some(state) = self.lanes.remove(&lane) else { return };
+        let Some(mut state) = self.lanes.remove(&lane) else { return };
+        let (cause, mut payer) = (state.lost_to.take(), None);
         // For READ the target's record says what it sent; what was applied here, this side has said itself.
         let nothing = LaneRecord::default();
         let record = if state.kind == LaneKind::Read { &nothing } else { record };
@@ -134,8 +139,15 @@ impl Outbound {
                     self.part_refused(assigned.transfer, assigned.part, failure);
                     self.lost(lane, assigned.transfer, assigned.part);
                 }
-                Fate::Lost(assigned) => self.lost(lane, assigned.transfer, assigned.part),
+                Fate::Lost(assigned) => {
+                    self.lost(lane, assigned.transfer, assigned.part);
+                    // Newest first: the last one named was the first on the lane.
+                    payer = Some(assigned.transfer);
+                }
             }
+        }
+        if let (Some(cause), Some(payer)) = (cause, payer) {
+            self.charge(payer, cause);
         }
     }
 

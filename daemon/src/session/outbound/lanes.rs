@@ -45,6 +45,8 @@ pub struct LaneState {
     pub phase: LanePhase,
     /// The target's word that it is fenced there, where it came before our own owner's.
     pub fenced: Option<LaneRecord>,
+    /// Why the path lost it, where that is why it closed.
+    pub lost_to: Option<Failure>,
     /// Payload bytes that moved on it, and when that number last rose.
     pub moved: (u64, Instant),
     /// Sequence of the front of `assigned`.
@@ -59,6 +61,7 @@ impl LaneState {
             kind,
             phase: LanePhase::Opening,
             fenced: None,
+            lost_to: None,
             moved: (0, now),
             front: 1,
             assigned: VecDeque::new(),
@@ -102,11 +105,6 @@ impl LaneState {
             self.front += 1;
         }
         settled
-    }
-
-    /// The first part in doubt: its transfer pays for the lane's death.
-    pub fn first_in_doubt(&self) -> Option<&Assigned> {
-        self.assigned.iter().find(|assigned| !assigned.processed)
     }
 
     /// All parts in doubt, oldest first.

@@ -163,6 +163,8 @@ impl Outbound {
         self.peer_draining = failure.reason == Reason::Draining;
         if failure.class() == Class::Fabric {
             self.health.outage_began();
+            // Without a retry there is nothing to wait for: not even for the session to open again.
+            self.fail_waiting(&failure, |run| !run.admitted.policy.outlives_failed_open());
         }
         let live: Vec<LaneId> = self.lanes.keys().copied().collect();
         for lane in live {
