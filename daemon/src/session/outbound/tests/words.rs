@@ -104,5 +104,14 @@ pub(super) fn admitted(
         lengths: vec![],
         uniform: Some(parts * PART_BYTES),
     };
-    Admitted { teller: None, id, op, request: Arc::new(Request::Slices(batch)), tag: None, policy, received }
+    Admitted {
+        teller: None,
+        id,
+        op,
+        request: Arc::new(Request::Slices(batch)),
+        local: vec![],
+        tag: None,
+        policy,
+        received,
+    }
 }
