@@ -19,7 +19,10 @@ use std::{
     collections::VecDeque,
     io,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -34,7 +37,7 @@ use self::{
     request::Request,
 };
 use super::Backing;
-use crate::domain::{Failure, Reason};
+use crate::domain::{Failure, Generation, Reason};
 
 /// How many driver calls may run at once without the lock.
 const UNLOCKED_WORKERS: usize = 16;
@@ -76,6 +79,8 @@ pub struct RegistrarStats {
 #[derive(Debug)]
 pub struct Registrar {
     shared: Arc<Shared>,
+    /// The last one given out.
+    generations: AtomicU32,
 }
 
 /// What the workers share with those who ask.
@@ -121,7 +126,7 @@ impl Registrar {
         let lock = lock_file.map(NodeLock::open).transpose()?;
         let shared = Shared::new(workers, Caller::new(driver, lock), queue_limit);
         // Made before the workers, so that they end where one of them cannot be started.
-        let registrar = Arc::new(Self { shared: shared.clone() });
+        let registrar = Arc::new(Self::of(shared.clone()));
         for worker in 0..workers {
             let shared = shared.clone();
             thread::Builder::new().name("registrar".into()).spawn(move || shared.serve(worker))?;
@@ -132,7 +137,24 @@ impl Registrar {
     /// One without a thread: whoever holds the other half makes the calls, one at a time.
     pub fn by_hand(driver: Arc<dyn RegionDriver>, queue_limit: usize) -> (Arc<Self>, HandRegistrar) {
         let shared = Shared::new(1, Caller::new(driver, None), queue_limit);
-        (Arc::new(Self { shared: shared.clone() }), HandRegistrar(shared))
+        (Arc::new(Self::of(shared.clone())), HandRegistrar(shared))
+    }
+
+    fn of(shared: Arc<Shared>) -> Self {
+        Self { shared, generations: AtomicU32::new(0) }
+    }
+
+    /// This many generations, none given out before by this run of the daemon: an engine that attaches again
+    /// numbers its regions anew, and a part planned against its earlier ones must not find itself in them (I4).
+    ///
+    /// LIMIT once 2^32 are used up.
+    pub fn generations(&self, count: usize) -> Result<impl Iterator<Item = Generation> + use<>, Failure> {
+        let after = |last: u32| u32::try_from(count).ok().and_then(|count| last.checked_add(count));
+        let last = self.generations.fetch_update(SeqCst, SeqCst, after).map_err(|_| {
+            Failure::new(Reason::Limit, "the node's generations are used up: restart the daemon")
+        })?;
+        // `after` has seen that the count fits.
+        Ok((1..=count as u32).map(move |at| Generation(last + at)))
     }
 
     /// Makes all of it reachable, or nothing. Dropped while it waits, it gives back what it has.
