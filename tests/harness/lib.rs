@@ -17,6 +17,8 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod scene;
+#[path = "../sim/mod.rs"]
+pub mod sim;
 pub mod wire;
 
 use std::{

@@ -149,8 +149,9 @@ impl Carriers {
     /// have the same effects in the same order.
     pub fn by_hand() -> std::io::Result<(Self, HandCarrier)> {
         let inbox = Arc::new(Inbox::new()?);
-        let hand = HandCarrier::new(Carrier::new(inbox.clone())?);
         let alive = Arc::new(AtomicBool::new(true));
+        let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
+        let hand = HandCarrier::new(Carrier::new(inbox.clone())?, farewell);
         let thread = Thread { inbox, lanes: Arc::default(), alive, handle: None };
         Ok((Self { threads: vec![thread], next_key: AtomicU64::new(1) }, hand))
     }
