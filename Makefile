@@ -11,7 +11,7 @@ SEEDS      ?= 2000
 KVFERRY    := $(TARGET_DIR)/release/kvferry
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench sim release install clean
+.PHONY: help demo test test-full lint bench sim mutants release install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,10 @@ bench: ## every workload over tcp and within one daemon, beside the raw limits o
 sim: ## SEEDS lives of the deterministic simulation, or SEED=n aloud
 	@tests/prepare.sh test
 	cargo run --locked -p kvferry-tests --bin sim -- $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+mutants: ## breaks a rule at a time and sees that the simulation notices (MUTANTS=names)
+	@tests/prepare.sh test
+	tests/mutants/run.sh $(MUTANTS)
 
 release:
 	cargo build --locked --release -p kvferryd -p kvferry-cli --bins
