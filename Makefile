@@ -6,10 +6,12 @@ DESTDIR    ?=
 UNIT_DIR   ?= /etc/systemd/system
 # More for the command, e.g. `make demo ARGS="--sabotage flip"`.
 ARGS       ?=
+# Lives of the simulation; SEED=n lives one of them aloud.
+SEEDS      ?= 2000
 KVFERRY    := $(TARGET_DIR)/release/kvferry
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint late-writes late-writes-peers soak bench release install clean
+.PHONY: help demo test test-full lint late-writes late-writes-peers soak sim mutants bench release install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +63,14 @@ bench: ## every workload over tcp and within one daemon, beside the raw limits o
 	@$(MAKE) --no-print-directory release
 	$(KVFERRY) bench --path tcp --workload all $(ARGS)
 	$(KVFERRY) bench --path local --workload all $(ARGS)
+
+sim: ## SEEDS lives of the deterministic simulation, or SEED=n aloud
+	@tests/prepare.sh test
+	cargo run --locked -p kvferry-tests --bin sim -- $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+mutants: ## breaks a rule at a time and sees that the simulation notices (MUTANTS=names)
+	@tests/prepare.sh test
+	tests/mutants/run.sh $(MUTANTS)
 
 release:
 	cargo build --locked --release -p kvferryd -p kvferry-cli --bins

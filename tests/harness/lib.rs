@@ -22,6 +22,8 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod scene;
+#[path = "../sim/mod.rs"]
+pub mod sim;
 pub mod soak;
 pub mod wire;
 

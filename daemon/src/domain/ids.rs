@@ -83,7 +83,7 @@ number_id! {
     LayoutId, u32
 }
 number_id! {
-    /// Which registration a [`RegionId`] or [`LayoutId`] means; unique per engine.
+    /// Which registration a [`RegionId`] or [`LayoutId`] means; unique per run of a daemon.
     Generation, u32
 }
 number_id! {

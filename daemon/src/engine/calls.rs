@@ -8,6 +8,7 @@ use std::{
 use super::{Arrival, Engine, EnginePolicy, Node};
 use crate::{
     domain::{EngineId, Failure, Op, PathKind, Reason, SessionId, Tag, TransferId},
+    memory::Region,
     peer,
     policy::{Hit, RetryPolicy},
     session::{
@@ -81,7 +82,7 @@ impl Engine {
         if order.tag.is_some_and(|tag| self.memory.revocations().refuses(tag)) {
             return Err(Hit::Tag.into());
         }
-        self.check_locally(&order)?;
+        let local = self.check_locally(&order)?;
         let received = Instant::now();
         let session = self.session(&order.session)?;
         // Room first: once it is in the log, nothing may come between the transfer and its session.
@@ -95,6 +96,7 @@ impl Engine {
             id: order.id,
             op: order.op,
             request: Arc::new(order.request),
+            local,
             tag: order.tag,
             policy: order.policy.retry(self.retry),
             received,
@@ -104,13 +106,20 @@ impl Engine {
         Ok(verdict)
     }
 
-    fn check_locally(&self, order: &TransferOrder) -> Result<(), Failure> {
+    /// Gives the local regions that the transfer names.
+    fn check_locally(&self, order: &TransferOrder) -> Result<Vec<Arc<Region>>, Failure> {
+        let view = self.memory.view();
         match &order.request {
             Request::Slices(batch) => {
                 batch.validate()?;
-                plan::check_local(batch, &self.memory.view().table)
+                plan::check_local(batch, &view.table)
             }
-            Request::Pages(pages) => pages.validate(),
+            Request::Pages(pages) => {
+                pages.validate()?;
+                // A layout that is not there is told when the pages are expanded.
+                let layout = view.layouts.get(&pages.local_layout);
+                Ok(layout.map(|layout| layout.regions(&view.table)).unwrap_or_default())
+            }
         }
     }
 

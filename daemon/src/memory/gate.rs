@@ -47,6 +47,11 @@ impl Gate {
         Seat { gate: self.clone(), state }
     }
 
+    /// Seats there are: one for each lane and copy worker that may touch the memory.
+    pub fn seat_count(&self) -> usize {
+        self.seats().len()
+    }
+
     /// Makes a change count. The change itself must be visible (stored) before this call.
     pub fn raise(&self) -> Version {
         Version(self.version.fetch_add(1, SeqCst) + 1)

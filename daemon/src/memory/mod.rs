@@ -24,7 +24,7 @@ pub use mapping::{MapOptions, Mapping};
 pub use process::ProcessMemory;
 pub use region::{Backing, Described, Layout, MemoryKind, Miss, Region, RegionInfo, RegionTable};
 pub use registrar::{
-    Acquire, Grant, LockPolicy, RegionDriver, Registrar, RegistrarStats, SystemDriver, Urgency,
+    Acquire, Grant, HandRegistrar, LockPolicy, RegionDriver, Registrar, RegistrarStats, SystemDriver, Urgency,
 };
 
 /// Where every endpoint's probe region lies: an address no engine's own memory can have.

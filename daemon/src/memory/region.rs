@@ -155,19 +155,39 @@ pub struct Layout {
 impl Layout {
     /// Whether every page lies in one region of the table; the first address that does not.
     pub fn check<R: Described>(&self, table: &RegionTable<R>) -> Result<(), (u64, Miss)> {
-        self.layer_bases.iter().try_for_each(|&base| self.check_layer(base, table))
+        self.layer_bases.iter().try_for_each(|&base| self.visit_layer(base, table, &mut |_| {}))
+    }
+
+    /// The regions that its pages lie in, each once.
+    pub fn regions(&self, table: &RegionTable<Arc<Region>>) -> Vec<Arc<Region>> {
+        let mut used = BTreeMap::new();
+        let mut note = |region: &Arc<Region>| {
+            used.entry(region.info.id).or_insert_with(|| region.clone());
+        };
+        for &base in &self.layer_bases {
+            // A page that is in no region ends its layer here, and the transfer when it is planned.
+            let _ = self.visit_layer(base, table, &mut note);
+        }
+        used.into_values().collect()
     }
 
     /// Looks at one page per region touched: those behind it that the region has room for need no look.
-    fn check_layer<R: Described>(&self, base: u64, table: &RegionTable<R>) -> Result<(), (u64, Miss)> {
+    fn visit_layer<R: Described>(
+        &self,
+        base: u64,
+        table: &RegionTable<R>,
+        visit: &mut impl FnMut(&R),
+    ) -> Result<(), (u64, Miss)> {
         let mut page = 0;
         while page < self.pages {
             let address = page
                 .checked_mul(self.page_stride)
                 .and_then(|offset| base.checked_add(offset))
                 .ok_or((base, Miss::Wraps))?;
-            let region = table.find(address, self.page_bytes).map_err(|miss| (address, miss))?.info();
-            let room = region.length - (address - region.base) - self.page_bytes;
+            let region = table.find(address, self.page_bytes).map_err(|miss| (address, miss))?;
+            visit(region);
+            let info = region.info();
+            let room = info.length - (address - info.base) - self.page_bytes;
             page += 1 + room.checked_div(self.page_stride).unwrap_or(0);
         }
         Ok(())

@@ -52,7 +52,8 @@ pub struct Inbound {
 struct Table {
     /// Why nobody is taken any more.
     closed: Option<Failure>,
-    sessions: HashMap<Incarnation, Arc<InboundSession>>,
+    /// Ordered, so that the same events always end them in the same order.
+    sessions: BTreeMap<Incarnation, Arc<InboundSession>>,
     tokens: HashMap<Token, Grant>,
 }
 
@@ -251,7 +252,7 @@ impl Inbound {
         let sessions: Vec<Arc<InboundSession>> = {
             let mut table = self.table();
             table.closed = Some(cause.clone());
-            table.sessions.drain().map(|(_, session)| session).collect()
+            std::mem::take(&mut table.sessions).into_values().collect()
         };
         // All are told before any is waited for: one slow lane must not keep the others open (I10).
         for session in &sessions {
@@ -317,6 +318,14 @@ impl InboundSession {
     /// Bytes heard on its lanes.
     pub fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
+    }
+
+    /// The last part that is over on a lane, while it is open.
+    pub fn progress(&self, lane: LaneId) -> Option<u64> {
+        match self.book().live.get(&lane)? {
+            LiveLane::Open(open) => Some(open.processed()),
+            LiveLane::Granted | LiveLane::Attaching(_) => None,
+        }
     }
 
     /// The initiator's own endpoint, as it said.

@@ -67,16 +67,21 @@ impl From<Unresolved> for Failure {
     }
 }
 
-/// Checks the initiator's side alone, for when the target's table is not known yet.
-pub fn check_local(batch: &SliceBatch, local: &RegionTable<Arc<Region>>) -> Result<(), Failure> {
+/// Checks the initiator's side alone, for when the target's table is not known yet. Gives the regions used.
+pub fn check_local(
+    batch: &SliceBatch,
+    local: &RegionTable<Arc<Region>>,
+) -> Result<Vec<Arc<Region>>, Failure> {
+    let mut used = Used::new(local.len());
     let mut near = 0;
     for (slice, (address, _, length)) in batch.iter().enumerate() {
-        if let Err(miss) = local.find_near(address, length, &mut near) {
+        let region = local.find_near(address, length, &mut near).map_err(|miss| {
             let slice = slice as u64;
-            return Err(Unresolved { side: Side::Local, slice, address, length, miss }.into());
-        }
+            Unresolved { side: Side::Local, slice, address, length, miss }
+        })?;
+        used.index(near, region);
     }
-    Ok(())
+    Ok(used.entries.into_iter().cloned().collect())
 }
 
 /// Resolves, coalesces and cuts.

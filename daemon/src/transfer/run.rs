@@ -16,6 +16,7 @@ use crate::{
         Epoch, Failure, Incarnation, LaneId, Op, Outcome, PathKind, PeerHalf, Reason, Report, SliceBatch,
         Tag, Timings, TransferId,
     },
+    memory::Region,
     policy::{Attempts, RetryPolicy, Verdict},
     transport::Payload,
 };
@@ -40,6 +41,9 @@ pub struct Admitted {
     pub op: Op,
     /// The bytes.
     pub request: Arc<Request>,
+    /// Leases of the local regions it names: a region that is retired before there is a plan ends it all the
+    /// same, whatever is registered at that address by then (I4).
+    pub local: Vec<Arc<Region>>,
     /// The request it serves.
     pub tag: Option<Tag>,
     /// How often and how long.
@@ -142,6 +146,12 @@ impl Run {
     /// When it must be over.
     pub fn deadline(&self) -> Instant {
         self.admitted.received + self.admitted.policy.deadline
+    }
+
+    /// Whether a local region that it names was unregistered since it was admitted.
+    pub fn has_lost_regions(&self) -> bool {
+        let planned = self.payload.iter().flat_map(|payload| &payload.local_regions);
+        self.admitted.local.iter().chain(planned).any(|region| region.is_retired())
     }
 
     /// Takes its plan.

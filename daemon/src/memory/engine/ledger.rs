@@ -12,7 +12,7 @@ use super::{
     super::{Backing, RegionInfo},
     Quota, RegionRequest, Unregister,
 };
-use crate::domain::{Failure, Generation, Reason, RegionId};
+use crate::domain::{Failure, Reason, RegionId};
 
 /// Regions of one engine: a transfer names a region with 16 bits.
 pub(super) const MAX_REGIONS: usize = 65_535;
@@ -26,8 +26,6 @@ pub(super) struct Ledger {
     bytes: u64,
     pub(super) region_numbers: Numbers,
     pub(super) layout_numbers: Numbers,
-    /// The last one given out.
-    generation: u32,
 }
 
 #[derive(Debug)]
@@ -104,19 +102,6 @@ impl Ledger {
                 self.region_numbers.give_back(id.0);
             }
         }
-    }
-
-    /// This many generations, none given out before.
-    pub(super) fn generations(
-        &mut self,
-        count: usize,
-    ) -> Result<impl Iterator<Item = Generation> + use<>, Failure> {
-        let first = self.generation;
-        self.generation = u32::try_from(count)
-            .ok()
-            .and_then(|count| first.checked_add(count))
-            .ok_or_else(|| Failure::new(Reason::Limit, "the engine's generations are used up: re-attach"))?;
-        Ok((first + 1..=self.generation).map(Generation))
     }
 
     /// A reserved claim becomes a region.
@@ -274,14 +259,6 @@ mod tests {
         let failure =
             ledger.reserve(&requests, &Quota { regions: usize::MAX, ..AMPLE }).expect_err("one more");
         assert_eq!((failure.reason, failure.index), (Reason::Limit, Some(MAX_REGIONS as u64)));
-    }
-
-    #[test]
-    fn generations_never_return() {
-        let mut ledger = Ledger { generation: u32::MAX - 3, ..Ledger::default() };
-        let given: Vec<_> = ledger.generations(2).expect("two are left").collect();
-        assert_eq!(given, [Generation(u32::MAX - 2), Generation(u32::MAX - 1)]);
-        assert_eq!(ledger.generations(2).err().map(|failure| failure.reason), Some(Reason::Limit));
     }
 
     proptest! {

@@ -122,7 +122,7 @@ impl EngineMemory {
             let message = format!("layouts: more than the quota of {}", self.quota.layouts);
             return Err(Failure::new(Reason::Limit, message));
         }
-        let mut generations = ledger.generations(requests.len() + layouts.len())?;
+        let mut generations = self.registrar.generations(requests.len() + layouts.len())?;
         let number = |(request, generation)| describe(ledger, request, generation);
         let infos: Vec<_> = requests.iter().zip(&mut generations).map(number).collect();
         let number = |(layout, generation)| name(ledger, layout, generation);

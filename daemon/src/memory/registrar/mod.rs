@@ -19,7 +19,10 @@ use std::{
     collections::VecDeque,
     io,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -34,7 +37,7 @@ use self::{
     request::Request,
 };
 use super::Backing;
-use crate::domain::{Failure, Reason};
+use crate::domain::{Failure, Generation, Reason};
 
 /// How many driver calls may run at once without the lock.
 const UNLOCKED_WORKERS: usize = 16;
@@ -76,6 +79,8 @@ pub struct RegistrarStats {
 #[derive(Debug)]
 pub struct Registrar {
     shared: Arc<Shared>,
+    /// The last one given out.
+    generations: AtomicU32,
 }
 
 /// What the workers share with those who ask.
@@ -119,19 +124,37 @@ impl Registrar {
             LockPolicy::Off => (UNLOCKED_WORKERS, None),
         };
         let lock = lock_file.map(NodeLock::open).transpose()?;
-        let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue { running: vec![None; workers], ..Queue::default() }),
-            work: Condvar::new(),
-            caller: Caller::new(driver, lock),
-            limit: queue_limit,
-        });
+        let shared = Shared::new(workers, Caller::new(driver, lock), queue_limit);
         // Made before the workers, so that they end where one of them cannot be started.
-        let registrar = Arc::new(Self { shared: shared.clone() });
+        let registrar = Arc::new(Self::of(shared.clone()));
         for worker in 0..workers {
             let shared = shared.clone();
             thread::Builder::new().name("registrar".into()).spawn(move || shared.serve(worker))?;
         }
         Ok(registrar)
+    }
+
+    /// One without a thread: whoever holds the other half makes the calls, one at a time.
+    pub fn by_hand(driver: Arc<dyn RegionDriver>, queue_limit: usize) -> (Arc<Self>, HandRegistrar) {
+        let shared = Shared::new(1, Caller::new(driver, None), queue_limit);
+        (Arc::new(Self::of(shared.clone())), HandRegistrar(shared))
+    }
+
+    fn of(shared: Arc<Shared>) -> Self {
+        Self { shared, generations: AtomicU32::new(0) }
+    }
+
+    /// This many generations, none given out before by this run of the daemon: an engine that attaches again
+    /// numbers its regions anew, and a part planned against its earlier ones must not find itself in them (I4).
+    ///
+    /// LIMIT once 2^32 are used up.
+    pub fn generations(&self, count: usize) -> Result<impl Iterator<Item = Generation> + use<>, Failure> {
+        let after = |last: u32| u32::try_from(count).ok().and_then(|count| last.checked_add(count));
+        let last = self.generations.fetch_update(SeqCst, SeqCst, after).map_err(|_| {
+            Failure::new(Reason::Limit, "the node's generations are used up: restart the daemon")
+        })?;
+        // `after` has seen that the count fits.
+        Ok((1..=count as u32).map(move |at| Generation(last + at)))
     }
 
     /// Makes all of it reachable, or nothing. Dropped while it waits, it gives back what it has.
@@ -179,7 +202,25 @@ impl Drop for Registrar {
     }
 }
 
+/// Makes the calls of a registrar that has no thread.
+#[derive(Debug)]
+pub struct HandRegistrar(Arc<Shared>);
+
+impl HandRegistrar {
+    /// Makes the next driver call; false where none waits.
+    pub fn step(&self) -> bool {
+        let Some(request) = self.0.lock().begin(0) else { return false };
+        self.0.make(0, request);
+        true
+    }
+}
+
 impl Shared {
+    fn new(workers: usize, caller: Caller, limit: usize) -> Arc<Self> {
+        let queue = Mutex::new(Queue { running: vec![None; workers], ..Queue::default() });
+        Arc::new(Self { queue, work: Condvar::new(), caller, limit })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -208,12 +249,17 @@ impl Shared {
 
     fn serve(&self, worker: usize) {
         while let Some(request) = self.next(worker) {
-            let rest = request.step(&self.caller);
-            let mut queue = self.lock();
-            queue.running[worker] = None;
-            if let Some(request) = rest {
-                queue.put(request);
-            }
+            self.make(worker, request);
+        }
+    }
+
+    /// One step of a request; what is left of it goes to the end of its line.
+    fn make(&self, worker: usize, request: Request) {
+        let rest = request.step(&self.caller);
+        let mut queue = self.lock();
+        queue.running[worker] = None;
+        if let Some(request) = rest {
+            queue.put(request);
         }
     }
 
@@ -221,9 +267,7 @@ impl Shared {
     fn next(&self, worker: usize) -> Option<Request> {
         let mut queue = self.lock();
         loop {
-            if let Some(request) = queue.take() {
-                let calls_behind = request.calls().saturating_sub(1);
-                queue.running[worker] = Some(Running { since: Instant::now(), calls_behind });
+            if let Some(request) = queue.begin(worker) {
                 return Some(request);
             }
             if queue.closed {
@@ -241,6 +285,14 @@ impl Queue {
             Urgency::Dead => self.dead.push_back(request),
             Urgency::Ordinary => self.ordinary.push_back(request),
         }
+    }
+
+    /// The next request, for this worker.
+    fn begin(&mut self, worker: usize) -> Option<Request> {
+        let request = self.take()?;
+        let calls_behind = request.calls().saturating_sub(1);
+        self.running[worker] = Some(Running { since: Instant::now(), calls_behind });
+        Some(request)
     }
 
     fn take(&mut self) -> Option<Request> {

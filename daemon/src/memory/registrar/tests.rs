@@ -206,3 +206,15 @@ async fn what_waits_when_it_ends_is_still_done() {
     drop(registrar);
     eventually(|| driver.seen().live == 0 && Arc::strong_count(&driver) == 1).await;
 }
+
+/// I4: whoever asks, and however often it attached before.
+#[test]
+fn i4_generations_never_return() {
+    let (registrar, _calls) = Registrar::by_hand(TestDriver::new(Behaviour::default()), 1);
+    let given = |count| registrar.generations(count).map(Iterator::collect::<Vec<_>>);
+    assert_eq!(given(2), Ok(vec![Generation(1), Generation(2)]));
+    assert_eq!(given(1), Ok(vec![Generation(3)]));
+    registrar.generations.store(u32::MAX - 3, SeqCst);
+    assert_eq!(given(2), Ok(vec![Generation(u32::MAX - 2), Generation(u32::MAX - 1)]));
+    assert_eq!(given(2).err().map(|failure| failure.reason), Some(Reason::Limit));
+}

@@ -88,10 +88,7 @@ impl Outbound {
     }
 
     pub(super) fn local_regions_retired(&mut self) {
-        let retired = |run: &Run| {
-            run.payload.as_ref().is_some_and(|p| p.local_regions.iter().any(|region| region.is_retired()))
-        };
-        self.fail_waiting(&Failure::plain(Reason::RegionChanged), retired);
+        self.fail_waiting(&Failure::plain(Reason::RegionChanged), Run::has_lost_regions);
     }
 
     /// Ends what is past its deadline, and waits for nobody's word longer than is allowed.

@@ -180,7 +180,10 @@ impl Outbound {
     }
 
     fn submit(&mut self, admitted: Admitted) {
-        let refusal = self.refusal();
+        let refusal = self.refusal().or_else(|| {
+            let retired = admitted.local.iter().any(|region| region.is_retired());
+            retired.then(|| Failure::plain(Reason::RegionChanged))
+        });
         let id = admitted.id;
         let mut run = self.admit(admitted);
         if let Some(failure) = refusal {

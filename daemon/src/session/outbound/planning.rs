@@ -40,12 +40,12 @@ impl Outbound {
             return self.plan_where(|run| run.admitted.id == transfer);
         }
         match result {
-            // Unregistered while the plan was made: nothing is sent, and the leases end with it.
-            Ok(payload) if payload.local_regions.iter().any(|region| region.is_retired()) => {
-                self.end(transfer, Failure::plain(Reason::RegionChanged));
-            }
             Ok(payload) => {
                 run.planned(Arc::new(payload));
+                if run.has_lost_regions() {
+                    // Unregistered since it was admitted: nothing is sent, and the leases end with it.
+                    return self.end(transfer, Failure::plain(Reason::RegionChanged));
+                }
                 self.queue(transfer);
                 self.finish_if_done(transfer);
             }

@@ -84,6 +84,7 @@ impl Outbound {
             id,
             op,
             request: Arc::new(Request::Slices(batch)),
+            local: vec![],
             tag: None,
             policy: RetryPolicy { attempts: 1, deadline: PROBE_TIMEOUT, ..self.policy.retry },
             received: self.now,

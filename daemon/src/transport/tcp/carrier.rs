@@ -6,7 +6,7 @@
 //! socket; the thread looks after such lanes every [`REVIEW_EVERY`], so that they let go of their leases (I6).
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     io,
     net::{Shutdown, TcpStream},
     os::fd::{AsFd, OwnedFd},
@@ -50,7 +50,8 @@ struct Served {
 pub(super) struct Carrier {
     epoll: OwnedFd,
     inbox: Arc<Inbox>,
-    lanes: HashMap<u64, Served>,
+    /// Ordered, so that the same events always have lanes looked after in the same order.
+    lanes: BTreeMap<u64, Served>,
     commands: VecDeque<Command>,
     bounce: Box<[u8]>,
     reviewed: Instant,
@@ -80,7 +81,7 @@ impl Carrier {
         Ok(Self {
             epoll,
             inbox,
-            lanes: HashMap::new(),
+            lanes: BTreeMap::new(),
             commands: VecDeque::new(),
             bounce: vec![0; BOUNCE_BYTES].into_boxed_slice(),
             reviewed: Instant::now(),
@@ -91,15 +92,40 @@ impl Carrier {
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS_AT_ONCE);
         while self.obey() {
-            if let Err(error) = self.wait(&mut events) {
+            let anxious = self.lanes.values().any(|lane| lane.role.holds_leases());
+            if let Err(error) = self.wait(&mut events, anxious.then_some(REVIEW_EVERY)) {
                 tracing::error!(%error, "a lane thread cannot wait for its sockets; its lanes are closed");
                 return;
             }
-            for event in events.drain(..) {
-                self.turn(event.data.u64(), ready(event.flags));
+            self.turns(&mut events);
+            if self.reviewed.elapsed() >= REVIEW_EVERY {
+                self.reviewed = Instant::now();
+                self.look_after_the_stuck();
             }
-            self.look_after_the_stuck();
         }
+        self.end();
+    }
+
+    /// One round of [`Carrier::run`] that does not wait: tells whether anything was ready.
+    pub(super) fn round(&mut self) -> io::Result<bool> {
+        if !self.obey() {
+            self.end();
+            return Ok(false);
+        }
+        let mut events = Vec::with_capacity(EVENTS_AT_ONCE);
+        self.wait(&mut events, Some(Duration::ZERO))?;
+        let ready = events.iter().any(|event| event.data.u64() != INBOX_KEY);
+        self.turns(&mut events);
+        Ok(ready)
+    }
+
+    fn turns(&mut self, events: &mut Vec<epoll::Event>) {
+        for event in events.drain(..) {
+            self.turn(event.data.u64(), ready(event.flags));
+        }
+    }
+
+    fn end(&mut self) {
         let keys: Vec<u64> = self.lanes.keys().copied().collect();
         keys.into_iter().for_each(|key| self.close(key, Failure::plain(Reason::Draining)));
     }
@@ -140,9 +166,9 @@ impl Carrier {
         true
     }
 
-    fn wait(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
-        let anxious = self.lanes.values().any(|lane| lane.role.holds_leases());
-        let timeout = anxious.then(|| Timespec { tv_sec: 0, tv_nsec: REVIEW_EVERY.subsec_nanos().into() });
+    /// For so long, which is less than a second, or for as long as it takes.
+    fn wait(&mut self, events: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
+        let timeout = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() });
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -155,11 +181,13 @@ impl Carrier {
         let NewLane { key, socket, role, ending } = lane;
         let interest = Interest { read: true, write: false };
         let (data, flags) = (epoll::EventData::new_u64(key), flags(interest));
-        let added =
-            socket.set_nodelay(true).and_then(|()| Ok(epoll::add(&self.epoll, &socket, data, flags)?));
+        let added = epoll::add(&self.epoll, &socket, data, flags);
         self.lanes.insert(key, Served { socket, role, interest, ending });
         if let Err(error) = added {
-            self.close(key, Failure::io(Reason::ConnectionLost, "take over the lane's socket", &error));
+            self.close(
+                key,
+                Failure::io(Reason::ConnectionLost, "take over the lane's socket", &error.into()),
+            );
         }
     }
 
@@ -180,11 +208,8 @@ impl Carrier {
         }
     }
 
-    fn look_after_the_stuck(&mut self) {
-        if self.reviewed.elapsed() < REVIEW_EVERY {
-            return;
-        }
-        self.reviewed = Instant::now();
+    /// Lanes that hold leases look at the rules, whether their sockets move or not.
+    pub(super) fn look_after_the_stuck(&mut self) {
         let review = |(key, lane): (&u64, &mut Served)| match lane.role.holds_leases() {
             true => lane.role.review().err().map(|failure| (*key, failure)),
             false => None,

@@ -23,6 +23,7 @@
 
 mod admission;
 mod body;
+mod by_hand;
 mod carrier;
 mod fence;
 mod frames;
@@ -48,6 +49,7 @@ use std::{
     thread::JoinHandle,
 };
 
+pub use by_hand::HandCarrier;
 pub use stops::Stops;
 pub use wire::{PREFACE_BYTES, Preface, Violation, WINDOW_PARTS};
 
@@ -141,6 +143,22 @@ impl Carriers {
     pub fn start(threads: usize) -> std::io::Result<Self> {
         let threads = (0..threads.max(1)).map(Thread::start).collect::<std::io::Result<_>>()?;
         Ok(Self { threads, next_key: AtomicU64::new(1) })
+    }
+
+    /// Lanes without a thread: whoever holds the other half gives them their turns, and the same calls always
+    /// have the same effects in the same order.
+    pub fn by_hand() -> std::io::Result<(Self, HandCarrier)> {
+        let inbox = Arc::new(Inbox::new()?);
+        let alive = Arc::new(AtomicBool::new(true));
+        let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
+        let hand = HandCarrier::new(Carrier::new(inbox.clone())?, farewell);
+        let thread = Thread { inbox, lanes: Arc::default(), alive, handle: None };
+        Ok((Self { threads: vec![thread], next_key: AtomicU64::new(1) }, hand))
+    }
+
+    /// Lanes that are carried now.
+    pub fn lanes(&self) -> usize {
+        self.threads.iter().map(|thread| thread.lanes.load(SeqCst)).sum()
     }
 
     /// Takes over an initiator's connection, whose preface has been written.

@@ -149,3 +149,28 @@ fn a_plan_that_comes_too_late_is_passed_over() {
     rig.feed(Event::Planned(id(9), BOOT, Ok(Rig::payload(id(9)))));
     assert!(rig.is_empty() && rig.opens.is_empty() && rig.finished.is_empty());
 }
+
+/// I4: addresses name the registration that was there when the transfer was admitted, not whatever lies there by
+/// the time the session is open.
+#[test]
+fn i4_memory_unregistered_before_there_is_a_plan_ends_the_transfer() {
+    let mut rig = Rig::new();
+    rig.write_holding(1, 1);
+    rig.retire_regions();
+    assert_eq!(rig.failures(), [(1, Reason::RegionChanged)]);
+    // Its leases are gone with it, and the next one of the same kind is refused at once.
+    rig.write_holding(2, 1);
+    assert_eq!(rig.failures(), [(2, Reason::RegionChanged)]);
+    assert!(rig.is_empty());
+}
+
+#[test]
+fn i4_a_plan_made_with_a_newer_registration_is_not_used() {
+    let mut rig = Rig::up();
+    rig.plans_at_once = false;
+    rig.write_holding(1, 1);
+    rig.retire_quietly();
+    rig.make_plan();
+    assert!(rig.opens.is_empty());
+    assert_eq!(rig.failures(), [(1, Reason::RegionChanged)]);
+}

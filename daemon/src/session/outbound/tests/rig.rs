@@ -14,7 +14,10 @@ use crate::{
     },
     memory::{Backing, PROBE_BASE, PROBE_BYTES, Region, RegionTable, testing::own_memory},
     policy::RetryPolicy,
-    transfer::{plan, run::Request},
+    transfer::{
+        plan,
+        run::{Admitted, Request},
+    },
     transport::{LaneEvent, LaneKind, LaneRecord, Payload},
 };
 
@@ -348,9 +351,25 @@ impl Rig {
         }
     }
 
+    /// As `write`, holding the regions it names, as an engine's call does.
+    pub(super) fn write_holding(&mut self, number: u8, parts: u64) {
+        let asked = admitted(id(number), Op::Write, parts, policy().retry, self.now);
+        let local = self.local.iter().cloned().collect();
+        self.feed(Event::Submit(Box::new(Admitted { local, ..asked })));
+    }
+
     /// The engine unregisters all of its memory.
     pub(super) fn retire_regions(&mut self) {
         self.local.iter().for_each(|region| region.retire());
         self.feed(Event::LocalRegionsRetired);
+    }
+
+    /// It does so and registers it anew, and the session was not told yet.
+    pub(super) fn retire_quietly(&mut self) {
+        let renewed = |region: &Arc<Region>| {
+            region.retire();
+            Region::new(region.info, Backing::Process(own_memory())).0
+        };
+        self.local = RegionTable::new(self.local.iter().map(renewed).collect());
     }
 }

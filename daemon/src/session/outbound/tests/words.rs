@@ -129,6 +129,7 @@ pub(super) fn admitted(
         id,
         op,
         request: Arc::new(Request::Slices(batch)),
+        local: vec![],
         tag: None,
         policy,
         received,

@@ -27,6 +27,7 @@ fn connection() -> (TcpStream, TcpStream) {
     let here = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
     let (there, _) = listener.accept().expect("a connection");
     for end in [&here, &there] {
+        end.set_nodelay(true).expect("an option");
         end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         end.set_write_timeout(Some(PATIENCE)).expect("a timeout");
     }
