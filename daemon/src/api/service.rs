@@ -6,7 +6,9 @@ use kvferry_proto::{TOKEN_METADATA, engine::v1 as wire, engine::v1::engine_serve
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming, transport::server::UdsConnectInfo};
 
-use super::{attach, convert, refusal::status, regions, revoke, status as tables, transfers};
+use super::{
+    attach, convert, refusal::status, regions, revoke, status as tables, transfers, transfers::Patience,
+};
 use crate::{
     domain::{BootId, Failure, Outcome, Reason},
     engine::{Caller, Engine, Node},
@@ -99,7 +101,7 @@ impl EngineApi for EngineService {
         }
         let verdict = engine.find(&self.node, id).map_err(|failure| status(&failure))?;
         let limit = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
-        let report = transfers::ended(verdict, limit).await;
+        let report = transfers::ended(verdict, Patience::End(limit)).await;
         report.map(|report| Response::new(convert::report(&report))).map_err(|failure| status(&failure))
     }
 
@@ -112,7 +114,8 @@ impl EngineApi for EngineService {
         };
         // The peer's half is waited for before the end is told, so this waits for both limits at most.
         let fence = &self.node.resources.config.fence;
-        let settled = transfers::ended(verdict, Some(fence.settle() + fence.peer_wait())).await;
+        let settled =
+            transfers::ended(verdict, Patience::End(Some(fence.settle() + fence.peer_wait()))).await;
         let settled = settled.is_ok_and(|report| report.outcome != Outcome::Unsettled);
         Ok(Response::new(regions::settled(settled)))
     }

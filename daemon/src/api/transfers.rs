@@ -47,7 +47,7 @@ async fn run(node: &Node, engine: &Arc<Engine>, order: TransferOrder, arrival: A
     };
     let waiting = Waiting { engine, id: Some(id) };
     let result = match engine.transfer(node, order, arrival).await {
-        Ok(verdict) => ended(verdict, None).await,
+        Ok(verdict) => ended(verdict, Patience::Call).await,
         Err(failure) => Err(failure),
     };
     waiting.over();
@@ -78,10 +78,24 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Waits for the end. UNSETTLED answers a caller without a limit at once; with one it is waited on.
-pub(super) async fn ended(mut verdict: Verdict, limit: Option<Duration>) -> Result<Report, Failure> {
+/// What answers whom.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Patience {
+    /// A transfer call: the end, or UNSETTLED.
+    Call,
+    /// Wait: the end, within this time if one is given; then whatever is known.
+    End(Option<Duration>),
+}
+
+/// Waits for the answer.
+pub(super) async fn ended(mut verdict: Verdict, patience: Patience) -> Result<Report, Failure> {
     let over = |report: &Option<Report>| {
-        report.as_ref().is_some_and(|report| limit.is_none() || report.outcome != Outcome::Unsettled)
+        let answers = |report: &Report| patience == Patience::Call || report.outcome != Outcome::Unsettled;
+        report.as_ref().is_some_and(answers)
+    };
+    let limit = match patience {
+        Patience::Call => None,
+        Patience::End(limit) => limit,
     };
     let waits = async { verdict.wait_for(over).await.ok().and_then(|report| report.clone()) };
     let report = match limit {
@@ -215,11 +229,12 @@ mod tests {
     async fn unsettled_answers_a_call_and_is_waited_on_by_wait() {
         let id = TransferId([1; 16]);
         let (sender, verdict) = watch::channel(Some(unsettled(id)));
-        let now = ended(verdict.clone(), None).await.expect("an answer");
+        let now = ended(verdict.clone(), Patience::Call).await.expect("an answer");
         assert_eq!(now.outcome, Outcome::Unsettled);
-        let later = ended(verdict.clone(), Some(Duration::from_secs(1))).await.expect("an answer");
+        let later =
+            ended(verdict.clone(), Patience::End(Some(Duration::from_secs(1)))).await.expect("an answer");
         assert_eq!(later.outcome, Outcome::Unsettled);
-        let waits = tokio::spawn(ended(verdict, Some(Duration::from_secs(60))));
+        let waits = tokio::spawn(ended(verdict, Patience::End(None)));
         tokio::time::sleep(Duration::from_secs(1)).await;
         sender.send_replace(Some(Report::refused(id, Failure::plain(Reason::Cancelled))));
         let end = waits.await.expect("the task").expect("an answer");

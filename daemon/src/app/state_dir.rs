@@ -5,8 +5,9 @@
 //! none.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -37,12 +38,14 @@ impl StateDir {
     pub(super) async fn open(path: &Path, patience: Duration) -> Result<Self, StartError> {
         let wrong = |wrong: String| StartError::StateDir { path: path.to_owned(), wrong };
         let io = |error: io::Error| wrong(error.to_string());
-        std::fs::create_dir_all(path).map_err(io)?;
+        // Whoever can open the lock can hold it, and keep the daemon from starting: nobody else can.
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
         let lock = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(path.join("lock"))
             .map_err(io)?;
         let record = path.join("daemon");

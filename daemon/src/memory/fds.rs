@@ -20,7 +20,7 @@ pub struct FdShelf {
 }
 
 impl FdShelf {
-    /// A shelf for at most `limit` descriptors (`limits.engine_fds`).
+    /// A shelf for at most `limit` descriptors (`limits.fds`).
     pub fn new(limit: usize) -> Self {
         Self { fds: Mutex::default(), limit }
     }

@@ -128,7 +128,10 @@ pub(super) fn table_in(table: wire::Table) -> Result<PeerTable, BadField> {
 }
 
 /// One message for each epoch of ranges, one for each tag.
+/// One message for each epoch, in order. The last one is of the newest epoch and brings the floor, also where what
+/// was revoked then is remembered by the floor alone.
 pub(super) fn revoked_out(list: RevocationList) -> Vec<wire::Revoked> {
+    let (newest, floor) = (list.epoch.0, list.floor.0);
     let mut by_epoch: BTreeMap<Epoch, wire::Revoked> = BTreeMap::new();
     for (epoch, range) in list.ranges {
         let revoked = by_epoch
@@ -143,6 +146,12 @@ pub(super) fn revoked_out(list: RevocationList) -> Vec<wire::Revoked> {
     };
     let mut all: Vec<wire::Revoked> = by_epoch.into_values().chain(list.tags.into_iter().map(tag)).collect();
     all.sort_by_key(|revoked| revoked.epoch);
+    if all.last().is_none_or(|last| last.epoch != newest) {
+        all.push(wire::Revoked { epoch: newest, ..wire::Revoked::default() });
+    }
+    if let Some(last) = all.last_mut() {
+        last.floor = floor;
+    }
     all
 }
 
@@ -254,11 +263,22 @@ mod tests {
         assert_eq!(epochs, [2, 3, 4], "told one by one, and in order");
     }
 
+    /// More ranges than are remembered leave nothing but a floor; peers must hear of it all the same.
+    #[test]
+    fn a_floor_is_told_where_nothing_else_is_left() {
+        let mut own = Revocations::new(RevocationLimits::ranges(1));
+        let range = |base| AddressRange::new(base, 1).expect("a range");
+        own.revoke(vec![range(1), range(10)]);
+        let told = revoked_out(own.since(Epoch(0), Instant::now()));
+        let [told] = told.as_slice() else { panic!("{told:?}") };
+        assert_eq!((told.epoch, told.floor, told.ranges.len()), (1, 1, 0));
+    }
+
     #[test]
     fn a_malformed_revocation_is_refused() {
         let revoked = |base, length, tag: &[u8]| {
             let ranges = vec![types::Range { base, length }];
-            let recent = vec![wire::Revoked { epoch: 1, ranges, tag: tag.to_vec() }];
+            let recent = vec![wire::Revoked { epoch: 1, ranges, tag: tag.to_vec(), floor: 0 }];
             revocations_in(wire::Revocations { epoch: 1, floor: 0, recent }).map_err(|failure| failure.reason)
         };
         assert!(revoked(0, 1, &[]).is_ok());

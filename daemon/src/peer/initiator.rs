@@ -32,7 +32,7 @@ use crate::{
     domain::{Failure, LaneId, PathKind, Reason, SessionId, TransferId},
     session::{
         Command, Handle, Known,
-        outbound::{Action, Event, Outbound, PlanFailure, PlanOrder, State},
+        outbound::{Action, Event, Outbound, PlanFailure, PlanOrder},
     },
     transfer::run::Request,
     transport::{Lane, LaneEvent, LaneKind, LaneSink, Payload, local, tcp},
@@ -164,7 +164,7 @@ impl Driver {
                 () = sleep_until(judge_at) => self.judge(judge_at.map_or(Duration::ZERO, Life::overslept)),
                 Some(_) = self.tasks.join_next() => {}
             }
-            self.idle.store(self.core.state() == State::Idle && self.lanes.is_empty(), SeqCst);
+            self.idle.store(self.core.is_forgettable(Instant::now()) && self.lanes.is_empty(), SeqCst);
             if self.core.is_over() {
                 break;
             }

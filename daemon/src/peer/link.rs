@@ -216,8 +216,8 @@ fn translate(message: wire::ToInitiator) -> Option<Incoming> {
             }
         }
         FromTarget::Revoked(revoked) => {
-            let epoch = revoked.epoch;
-            match convert::revocations_in(wire::Revocations { epoch, floor: 0, recent: vec![revoked] }) {
+            let (epoch, floor) = (revoked.epoch, revoked.floor);
+            match convert::revocations_in(wire::Revocations { epoch, floor, recent: vec![revoked] }) {
                 Ok(revoked) => Incoming::Event(Event::Revoked(Box::new(revoked))),
                 Err(failure) => Incoming::Ended(failure),
             }

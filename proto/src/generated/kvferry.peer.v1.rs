@@ -244,6 +244,9 @@ pub struct Revoked {
     pub ranges: ::prost::alloc::vec::Vec<super::super::types::v1::Range>,
     #[prost(bytes = "vec", tag = "3")]
     pub tag: ::prost::alloc::vec::Vec<u8>,
+    /// Transfers admitted below it are refused: in the last message of a push.
+    #[prost(uint64, tag = "4")]
+    pub floor: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RevocationsSeen {

@@ -125,7 +125,7 @@ impl Outbound {
     pub(super) fn part_refused(&mut self, transfer: TransferId, part: u32, mut failure: Failure) {
         let Some(payload) = self.runs.get(&transfer).and_then(|run| run.payload.clone()) else { return };
         let bounds = &payload.parts[part as usize];
-        let slice = u64::from(bounds.first_slice) + failure.index.unwrap_or(0);
+        let slice = u64::from(bounds.first_slice).saturating_add(failure.index.unwrap_or(0));
         failure.index = Some(slice.min(payload.slices.saturating_sub(1)));
         self.end(transfer, failure);
     }

@@ -77,7 +77,7 @@ impl Outbound {
         };
         state.phase = LanePhase::Closed;
         if cause.class() == Class::Fabric {
-            state.lost_to = Some(cause.clone());
+            state.lost_to = Some((cause.clone(), self.now));
             self.last_failure = Some(cause.clone());
             self.health.outage_began();
             self.end_unretried(lane, &cause);
@@ -106,10 +106,10 @@ impl Outbound {
         }
     }
 
-    /// The transfer whose part was the first that the path lost pays for the lane's death.
-    fn charge(&mut self, payer: TransferId, cause: Failure) {
+    /// The transfer whose part was the first that the path lost pays for the lane's death, as of then.
+    fn charge(&mut self, payer: TransferId, cause: Failure, when: Instant) {
         let Some(run) = self.runs.get_mut(&payer).filter(|run| !run.is_ending()) else { return };
-        match run.count_loss(self.now) {
+        match run.count_loss(when) {
             Verdict::Retry { .. } => self.counts.retries += 1,
             Verdict::GiveUp => self.end(payer, cause),
         }
@@ -128,7 +128,7 @@ impl Outbound {
 
     fn settle_lane(&mut self, lane: LaneId, record: &LaneRecord) {
         let Some(mut state) = self.lanes.remove(&lane) else { return };
-        let (cause, mut payer) = (state.lost_to.take(), None);
+        let (lost_to, mut payer) = (state.lost_to.take(), None);
         // For READ the target's record says what it sent; what was applied here, this side has said itself.
         let nothing = LaneRecord::default();
         let record = if state.kind == LaneKind::Read { &nothing } else { record };
@@ -146,8 +146,8 @@ impl Outbound {
                 }
             }
         }
-        if let (Some(cause), Some(payer)) = (cause, payer) {
-            self.charge(payer, cause);
+        if let (Some((cause, when)), Some(payer)) = (lost_to, payer) {
+            self.charge(payer, cause, when);
         }
     }
 

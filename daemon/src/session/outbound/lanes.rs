@@ -45,8 +45,8 @@ pub struct LaneState {
     pub phase: LanePhase,
     /// The target's word that it is fenced there, where it came before our own owner's.
     pub fenced: Option<LaneRecord>,
-    /// Why the path lost it, where that is why it closed.
-    pub lost_to: Option<Failure>,
+    /// Why and when the path lost it, where that is why it closed.
+    pub lost_to: Option<(Failure, Instant)>,
     /// Payload bytes that moved on it, and when that number last rose.
     pub moved: (u64, Instant),
     /// Sequence of the front of `assigned`.

@@ -88,6 +88,7 @@ impl Outbound {
         let epoch = opened.revocations.epoch();
         let peer = Peer { incarnation: who, boot: opened.boot, epoch, table: opened.table.into() };
         let met_before = self.peer.replace(peer);
+        self.accepts_anyone = false;
         // Addresses are an engine's own: whoever was admitted for another one ends.
         let of_another = |run: &Run| run.expects.is_some_and(|expected| expected != who);
         self.fail_waiting(&Failure::plain(Reason::PeerRestarted), of_another);
@@ -233,6 +234,7 @@ impl Outbound {
 
     pub(super) fn reset(&mut self) {
         self.pin = None;
+        self.accepts_anyone = true;
         self.reconnect = None;
         self.probe_at = None;
         self.health.reset();

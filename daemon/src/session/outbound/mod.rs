@@ -74,6 +74,8 @@ pub struct Outbound {
     link: Link,
     path: Option<PathKind>,
     peer: Option<Peer>,
+    /// Since the last open the engine has said that it accepts whoever is there.
+    accepts_anyone: bool,
     lanes: Lanes,
     next_lane: u64,
     lane_retry_at: Option<Instant>,
@@ -107,6 +109,7 @@ impl Outbound {
             link: Link::Idle,
             path: None,
             peer: None,
+            accepts_anyone: false,
             lanes: Lanes::new(),
             next_lane: first_lane,
             lane_retry_at: None,
@@ -184,6 +187,7 @@ impl Outbound {
             let retired = admitted.local.iter().any(|region| region.is_retired());
             retired.then(|| Failure::plain(Reason::RegionChanged))
         });
+        let refusal = refusal.or_else(|| self.too_late(&admitted));
         let id = admitted.id;
         let mut run = self.admit(admitted);
         if let Some(failure) = refusal {
@@ -194,6 +198,15 @@ impl Outbound {
         }
         self.plan(&mut run);
         self.runs.insert(id, run);
+    }
+
+    /// The call arrived for an engine that this session does not lead to any more: its addresses are not for
+    /// whoever is there since (I4).
+    fn too_late(&self, admitted: &Admitted) -> Option<Failure> {
+        let (meant, _) = admitted.known?;
+        let another = self.known().is_none_or(|(who, _)| who != meant);
+        let message = format!("the call was made for engine {meant}, before the session was reset");
+        another.then(|| Failure::new(Reason::PeerRestarted, message))
     }
 
     fn admit(&self, admitted: Admitted) -> Run {
@@ -209,6 +222,11 @@ impl Outbound {
     /// Who must be met, as long as the pin holds.
     fn pinned(&self) -> Option<Incarnation> {
         self.pin.filter(|pin| self.now < pin.until).map(|pin| pin.incarnation)
+    }
+
+    /// Whether it leads nowhere, carries nothing, and pins nobody: another session to the same place is as good.
+    pub fn is_forgettable(&self, now: Instant) -> bool {
+        self.state() == State::Idle && self.pin.is_none_or(|pin| pin.until <= now)
     }
 
     /// Whom the engine is to expect there after a restart of this daemon: who is there, or was while the pin holds.

@@ -98,8 +98,8 @@ impl Outbound {
         run.map(|run| run.admitted.own_epoch)
     }
 
-    /// The newest epoch known of the endpoint, and of which incarnation.
+    /// The newest epoch known of the endpoint, and of which incarnation. After a reset nobody is known there.
     pub fn known(&self) -> Option<(Incarnation, Epoch)> {
-        self.peer.as_ref().map(|peer| (peer.incarnation, peer.epoch))
+        self.peer.as_ref().filter(|_| !self.accepts_anyone).map(|peer| (peer.incarnation, peer.epoch))
     }
 }

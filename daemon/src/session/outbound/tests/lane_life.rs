@@ -278,8 +278,29 @@ fn a_lane_that_closes_twice_is_charged_once() {
     rig.closed(lane, lost());
     rig.closed(lane, lost());
     rig.feed(Event::LaneOpenFailed(lane, lost()));
-    assert_eq!(rig.core.summary().counts.retries, 1);
     assert!(rig.core.lanes.contains_key(&lane), "it waits for its fence");
+    rig.feed(Event::LaneFenced(lane, record(0)));
+    assert_eq!(rig.core.summary().counts.retries, 1);
+}
+
+/// What was applied and only not acknowledged is progress: it breaks the row of losses.
+#[test]
+fn a_transfer_that_every_lane_moves_on_is_not_given_up() {
+    let (mut rig, mut lane) = Rig::with_lane();
+    rig.write(1, 6);
+    // The first lane has carried one part of another transfer before.
+    for applied in [2, 1, 1, 1, 1] {
+        rig.parts();
+        rig.closed(lane, lost());
+        rig.feed(Event::LaneFenced(lane, record(applied)));
+        assert!(rig.finished.is_empty());
+        lane = rig.open_lane();
+        rig.pass(ms(1000));
+    }
+    assert_eq!(rig.parts(), [(1, 5)]);
+    rig.processed(lane, 1, 1);
+    assert_eq!(rig.finished(), [(1, Outcome::Done)]);
+    assert_eq!(rig.core.summary().counts.retries, 5);
 }
 
 #[test]

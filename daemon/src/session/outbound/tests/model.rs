@@ -174,7 +174,7 @@ fn random_lives_see_every_kind_of_end() {
     let lives = prop::collection::vec(moves(), 250);
     let mut seen: HashMap<(Outcome, PeerHalf), usize> = HashMap::new();
     let (mut resent, mut unsettled, mut hits) = (0, 0, 0);
-    for _ in 0..200 {
+    for _ in 0..300 {
         let world = live(lives.new_tree(&mut runner).expect("moves").current());
         for end in world.ended.values() {
             *seen.entry(*end).or_default() += 1;

@@ -124,9 +124,24 @@ fn a_call_that_waited_for_its_turn_is_admitted_under_what_was_known_when_it_arri
     let known = rig.core.known();
     write_known(&mut rig, 2, known);
     assert_eq!(rig.core.runs[&id(2)].admit_epoch, Some(Epoch(8)));
-    // Known of somebody else: admitted when it is planned.
+    // Made for somebody else.
     write_known(&mut rig, 3, Some((BOB, Epoch(90))));
-    assert_eq!(rig.core.runs[&id(3)].admit_epoch, Some(Epoch(8)));
+    assert_eq!(rig.failures(), [(3, Reason::PeerRestarted)]);
+}
+
+/// I4: a call that was on its way while the session was reset names addresses of whom the engine knew then.
+#[test]
+fn i4_a_call_that_a_reset_overtook_is_refused() {
+    let mut rig = Rig::up();
+    let arrived = rig.core.known();
+    rig.feed(Event::Reset);
+    assert_eq!(rig.core.known(), None);
+    write_known(&mut rig, 1, arrived);
+    assert_eq!(rig.failures(), [(1, Reason::PeerRestarted)]);
+    let known = rig.core.known();
+    write_known(&mut rig, 2, known);
+    rig.open(opened());
+    assert_eq!(rig.core.runs[&id(2)].expects, Some(ALICE), "made since then: for whoever is there");
 }
 
 #[test]
