@@ -1,9 +1,6 @@
 //! `kvferry.peer.v1` to domain types and back. A message that cannot be converted ends the session.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use kvferry_proto::{peer::v1 as wire, types::v1 as types};
 
@@ -127,22 +124,22 @@ pub(super) fn table_in(table: wire::Table) -> Result<PeerTable, BadField> {
     })
 }
 
-/// One message for each epoch of ranges, one for each tag.
+/// One message for each epoch of ranges, one for each tag; the newest epoch is told in any case.
 pub(super) fn revoked_out(list: RevocationList) -> Vec<wire::Revoked> {
-    let mut by_epoch: BTreeMap<Epoch, wire::Revoked> = BTreeMap::new();
-    for (epoch, range) in list.ranges {
-        let revoked = by_epoch
-            .entry(epoch)
-            .or_insert_with(|| wire::Revoked { epoch: epoch.0, ..wire::Revoked::default() });
-        revoked.ranges.push(types::Range { base: range.base(), length: range.length() });
+    let mut all = Vec::new();
+    for RevocationList { epoch, ranges, tags, .. } in list.by_epoch() {
+        let named = !ranges.is_empty();
+        let ranges =
+            ranges.iter().map(|(_, range)| types::Range { base: range.base(), length: range.length() });
+        let ranges = wire::Revoked { epoch: epoch.0, ranges: ranges.collect(), tag: vec![] };
+        let tag = |revoked: &TagRevoked| wire::Revoked {
+            epoch: epoch.0,
+            ranges: vec![],
+            tag: revoked.tag.0.to_vec(),
+        };
+        all.extend(Some(ranges).filter(|_| named || tags.is_empty()));
+        all.extend(tags.iter().map(tag));
     }
-    let tag = |revoked: TagRevoked| wire::Revoked {
-        epoch: revoked.epoch.0,
-        tag: revoked.tag.0.to_vec(),
-        ..wire::Revoked::default()
-    };
-    let mut all: Vec<wire::Revoked> = by_epoch.into_values().chain(list.tags.into_iter().map(tag)).collect();
-    all.sort_by_key(|revoked| revoked.epoch);
     all
 }
 
@@ -252,6 +249,19 @@ mod tests {
         let epochs: Vec<u64> =
             revoked_out(own.since(Epoch(1), now)).iter().map(|revoked| revoked.epoch).collect();
         assert_eq!(epochs, [2, 3, 4], "told one by one, and in order");
+    }
+
+    /// Where more is revoked at once than is remembered nothing is left to be named, but the epoch is.
+    #[test]
+    fn an_epoch_without_ranges_is_told_all_the_same() {
+        let (now, range) = (Instant::now(), |base| AddressRange::new(base, 10).expect("a range"));
+        let mut own = Revocations::new(RevocationLimits::ranges(1));
+        own.revoke(vec![range(0)]);
+        own.revoke(vec![range(100), range(200)]);
+        let told = revoked_out(own.since(Epoch(1), now));
+        assert_eq!(told, [wire::Revoked { epoch: 2, ranges: vec![], tag: vec![] }]);
+        let recent = wire::Revocations { epoch: 2, floor: 0, recent: told };
+        assert_eq!(revocations_in(recent).expect("a good message").epoch(), Epoch(2));
     }
 
     #[test]
