@@ -220,7 +220,7 @@ impl World {
     fn under_way(&mut self, number: u32, own: bool) -> Option<(usize, Half, Vec<Range<usize>>)> {
         let transfer = self.transfers.get(&number)?;
         let payload = transfer.payload.clone().filter(|payload| !payload.is_stopped())?;
-        if transfer.end.is_some() {
+        if transfer.end.is_some() || self.is_revoked(number) {
             return None;
         }
         let half = if own { transfer.local.clone() } else { transfer.remote.clone() }?;
