@@ -83,7 +83,8 @@ impl World {
         Tag([self.dice.within(1, TAGS) as u8; 16])
     }
 
-    fn revoke(&mut self, life: Life, place: usize, what: What) {
+    /// As `Engine::revoke` does.
+    pub(super) fn revoke(&mut self, life: Life, place: usize, what: What) {
         let now = self.instant();
         let Some(engine) = self.engine(life).filter(|engine| engine.gone.is_none()) else { return };
         let (memory, who) = (engine.memory.clone(), engine.incarnation);
