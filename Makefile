@@ -68,7 +68,7 @@ sim: ## SEEDS lives of the deterministic simulation, or SEED=n aloud
 	@tests/prepare.sh test
 	cargo run --locked -p kvferry-tests --bin sim -- $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
-mutants: ## breaks a rule at a time and sees that the simulation notices (MUTANTS=names)
+mutants: ## breaks a rule at a time and sees that the simulation, or a named test, notices (MUTANTS=names)
 	@tests/prepare.sh test
 	tests/mutants/run.sh $(MUTANTS)
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use kvferryd::{
-    domain::{Incarnation, LaneId, Op, Outcome, PeerHalf, Report, TransferId},
+    domain::{Incarnation, LaneId, Op, Outcome, PeerHalf, Report, Tag, TransferId},
     transfer::run::Run,
     transport::{Payload, SequencedPart},
 };
@@ -15,6 +15,7 @@ use super::{
     daemon::{Life, SessionKey},
     lanes::WireId,
     process::{Holding, Process, Registration},
+    revoked::Arrival,
     world::{Happening, World},
 };
 
@@ -54,6 +55,10 @@ pub(super) struct Transfer {
     pub(super) sent: BTreeMap<u32, Vec<WireId>>,
     /// Its parts.
     pub(super) payload: Option<Arc<Payload>>,
+    /// The request it serves.
+    pub(super) tag: Option<Tag>,
+    /// What revocations are held against.
+    pub(super) arrival: Arrival,
     /// The last place of a part on each wire.
     pub(super) last: BTreeMap<WireId, Vec<(u64, u32)>>,
 }
@@ -120,6 +125,8 @@ impl World {
         transfer.end = Some((report.outcome, report.peer_half));
         transfer.answered = true;
         let done = report.outcome == Outcome::Done;
+        self.check_revocations(number, reason, done);
+        let Some(transfer) = self.transfers.get_mut(&number) else { return };
         assert!(!done || report.peer_half == PeerHalf::Confirmed, "DONE implies CONFIRMED");
         let (local, remote) = (transfer.local.take(), transfer.remote.clone());
         if done {

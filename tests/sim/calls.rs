@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use kvferryd::{
-    domain::{Failure, Incarnation, Op, Reason, Report, SliceBatch, TransferId},
+    domain::{Epoch, Failure, Incarnation, Op, Reason, Report, SliceBatch, Tag, TransferId},
     policy::RetryPolicy,
     session::outbound::Event,
     transfer::{
@@ -17,6 +17,7 @@ use super::{
     book::{Half, Transfer, number_of},
     daemon::{Life, Session, SessionKey},
     process::{Holding, Order, Role},
+    revoked::Arrival,
     world::{Happening, World},
 };
 
@@ -26,6 +27,14 @@ const PART_WORDS: usize = 1022;
 const MOST_OPEN: usize = 24;
 /// An answer may come so much after it is due.
 const SLACK_US: u64 = 2_000_000;
+
+/// What an engine asks for.
+struct TransferOrder {
+    id: TransferId,
+    op: Op,
+    batch: SliceBatch,
+    tag: Option<Tag>,
+}
 
 impl World {
     /// Engines that can be asked for something now.
@@ -49,7 +58,8 @@ impl World {
                     self.transfer(life, place);
                 }
             }
-            60..78 => self.cancel(),
+            60..70 => self.cancel(),
+            70..78 => self.revoke_something(life, place),
             78..82 => {
                 let region = self.dice.below(super::process::REGIONS);
                 self.unregister(life, region);
@@ -102,7 +112,23 @@ impl World {
             self.take_back(&local);
             return None;
         };
-        let batch = slices(&local.holding, &remote.holding, block);
+        let key = SessionKey { life, to };
+        let tag = if !self.is_quiet() && self.dice.percent(50) { Some(self.a_tag()) } else { None };
+        let known = self.known_there(key);
+        let late =
+            if !self.is_quiet() && self.dice.percent(10) { self.revoked_since(to, known) } else { None };
+        let (mut block, mut named) = (block, remote.holding.clone());
+        let barred = late.is_some() || self.is_dead(to, tag);
+        if let Some(words) = late {
+            // Its caller has not heard that these are somebody else's by now.
+            self.count("call into memory revoked before");
+            let end = words.end.min(words.start + local.holding.words.len());
+            (block, named.words) = (0, words.start..end);
+        }
+        let who = remote.who;
+        let mut near = local.holding.clone();
+        near.words.end = near.words.start + named.words.len();
+        let batch = slices(&near, &named, block);
         let mut id = [0; 16];
         id[..4].copy_from_slice(&number.to_be_bytes());
         let id = TransferId(id);
@@ -110,19 +136,35 @@ impl World {
             RetryPolicy { attempts, deadline: Duration::from_millis(deadline_ms), ..self.policy.retry };
         let settle_us = self.policy.settle.as_micros() as u64;
         let due_us = self.now_us + deadline_ms * 1000 + settle_us + SLACK_US;
-        let key = SessionKey { life, to };
+        let own_epoch = self.engine(life).map_or(Epoch(0), |engine| engine.memory.revocations().epoch());
+        let arrival = Arrival {
+            near: near.words,
+            far: named.words,
+            who,
+            known: known.filter(|(met, _)| *met == who).map(|(_, epoch)| epoch),
+            own_epoch,
+            barred,
+        };
+        let remote = if barred {
+            self.take_back(&remote);
+            None
+        } else {
+            Some(remote)
+        };
         let entry = Transfer {
             id,
             key,
             op,
             local: Some(local),
-            remote: Some(remote),
+            remote,
             due_us,
             answered: false,
             end: None,
             orphan: false,
             sent: BTreeMap::new(),
             payload: None,
+            tag,
+            arrival,
             last: BTreeMap::new(),
         };
         self.transfers.insert(number, entry);
@@ -131,7 +173,8 @@ impl World {
             "transfer {number}: {op:?} {key}, {words} words by {block}, {attempts} attempts"
         ));
         self.count(if op == Op::Write { "call WRITE" } else { "call READ" });
-        self.submit(key, id, op, batch, retry);
+        let order = TransferOrder { id, op, batch, tag };
+        self.submit(key, order, (known, own_epoch), retry);
         Some(number)
     }
 
@@ -147,14 +190,22 @@ impl World {
     }
 
     /// As `Engine::transfer` does.
-    fn submit(&mut self, key: SessionKey, id: TransferId, op: Op, batch: SliceBatch, policy: RetryPolicy) {
+    fn submit(
+        &mut self,
+        key: SessionKey,
+        TransferOrder { id, op, batch, tag }: TransferOrder,
+        (known, own_epoch): (Option<(Incarnation, Epoch)>, Epoch),
+        policy: RetryPolicy,
+    ) {
         let received = self.instant();
+        if let Some(failure) = self.refuse_dead(key, tag) {
+            return self.finish(number_of(id), Report::refused(id, failure));
+        }
         let Some(engine) = self.engine(key.life) else { return };
         let local = match plan::check_local(&batch, &engine.memory.view().table) {
             Ok(local) => local,
             Err(failure) => return self.finish(number_of(id), Report::refused(id, failure)),
         };
-        let own_epoch = engine.memory.revocations().epoch();
         let teller = match engine.log.admit(id) {
             Ok(Admission::New(teller, _)) => teller,
             Ok(Admission::Known(_)) => return self.count("call joined"),
@@ -169,10 +220,10 @@ impl World {
             op,
             request: Arc::new(Request::Slices(batch)),
             local,
-            tag: None,
+            tag,
             policy,
             received,
-            known: None,
+            known,
             own_epoch,
         };
         self.feed(key, Event::Submit(Box::new(admitted)));
@@ -195,10 +246,8 @@ impl World {
     /// Callers that meant a process which died, on sessions that never met it, think again: nothing but a pin
     /// would keep their transfers from whoever comes next.
     pub(super) fn cancel_unpinned(&mut self, place: usize, dead: Incarnation) {
-        let meant = |known: &Transfer| {
-            known.end.is_none()
-                && known.remote.as_ref().is_some_and(|half| half.place == place && half.who == dead)
-        };
+        let meant =
+            |known: &Transfer| known.end.is_none() && known.key.to == place && known.arrival.who == dead;
         let open: Vec<u32> =
             self.open.iter().copied().filter(|number| meant(&self.transfers[number])).collect();
         for number in open {
@@ -249,7 +298,8 @@ impl World {
         let remembered = self.engine(life).is_some_and(|engine| engine.log.find(id).is_some());
         if remembered {
             let batch = SliceBatch { uniform: Some(8), ..SliceBatch::default() };
-            self.submit(key, id, Op::Write, batch, self.policy.retry);
+            let order = TransferOrder { id, op: Op::Write, batch, tag: None };
+            self.submit(key, order, (None, Epoch(0)), self.policy.retry);
         }
     }
 }

@@ -16,8 +16,10 @@ use std::{
 use kvferryd::{
     domain::{BootId, Failure, Incarnation, LaneId, Reason, RegionId, TransferId},
     memory::{
-        EngineMemory, HandRegistrar, Mapping, ProcessMemory, Quota, RegionDriver, Registrar, SystemDriver,
+        EngineMemory, HandRegistrar, Mapping, ProcessMemory, Quota, RegionDriver, Registrar, RevocationBook,
+        SystemDriver,
     },
+    policy::Revocations,
     session::{
         inbound::{Inbound, InboundSession},
         outbound::Outbound,
@@ -70,6 +72,8 @@ pub(super) enum Answer {
     FencedAll(StreamId, Failure),
     /// The own half of a transfer is proven.
     Quiet(SessionKey, TransferId),
+    /// The target's gate was quiet for a revocation.
+    GateQuiet(u64),
     /// A registration ended.
     Registered(Life, Option<usize>, Result<RegionId, Failure>),
     /// An unregistration is settled.
@@ -260,9 +264,15 @@ impl Daemon {
     }
 
     /// Takes an engine in; its regions are another matter.
-    pub(super) fn attach(&mut self, life: Life, place: usize, incarnation: Incarnation) {
+    pub(super) fn attach(
+        &mut self,
+        life: Life,
+        (place, incarnation): (usize, Incarnation),
+        revoked: Revocations,
+    ) {
         let quota = Quota { regions: 16, bytes: 1 << 30, layouts: 1 };
-        let memory = EngineMemory::new(self.registrar.clone(), quota, None);
+        let book = RevocationBook::new(revoked, Default::default());
+        let memory = EngineMemory::with_revocations(self.registrar.clone(), quota, None, book);
         self.attached += 1;
         let engine = Engine {
             number: self.attached,

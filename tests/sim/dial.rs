@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvferryd::{
     domain::{Failure, LaneId, PathKind, Reason},
-    policy::{RevocationLimits, Revocations},
+    policy::RevocationList,
     session::{
         inbound::Token,
         outbound::{Event, Opened},
@@ -101,15 +101,15 @@ impl World {
         let Some(stream) = self.streams.get_mut(&id).filter(|stream| !stream.dialled) else { return };
         match (message, stream.met.take()) {
             (Down::Challenge(who, boot), None) => {
-                stream.met = Some((who, boot, vec![]));
+                stream.met = Some((who, boot, vec![], RevocationList::default()));
                 self.send_up(id, Up::Confirm);
             }
-            (Down::Accept(fenced), Some((who, boot, _))) => {
-                stream.met = Some((who, boot, fenced));
+            (Down::Accept(fenced, revoked), Some((who, boot, ..))) => {
+                stream.met = Some((who, boot, fenced, revoked));
                 self.send_up(id, Up::Ready);
             }
-            (Down::Welcome(table), Some((incarnation, boot, fenced))) if wanted => {
-                let revocations = Revocations::new(RevocationLimits::ranges(64));
+            (Down::Welcome(table), Some((incarnation, boot, fenced, revoked))) if wanted => {
+                let revocations = self.told_revocations(revoked);
                 let opened = Opened { incarnation, boot, path: PathKind::Tcp, revocations, table, fenced };
                 self.opened(key, id, opened);
             }

@@ -101,6 +101,7 @@ impl World {
                 .collect();
             unwell.push(format!("transfer {number} is open: {} {:?} {lanes:?}", transfer.key, transfer.end));
         }
+        unwell.extend(self.revokes.keys().map(|ticket| format!("revocation {ticket} is not settled")));
         for daemon in self.nodes.iter().filter_map(|node| node.daemon.as_ref()) {
             for (life, engine) in &daemon.engines {
                 for (to, session) in &engine.sessions {
@@ -139,11 +140,27 @@ impl World {
         self.reset_all_mistaken();
         // Tables are pushed; who asks before the newest one came may be told that a region changed.
         self.run_until(self.now_us + 2_000_000);
+        // Who was away when memory was revoked, and given to others, learns of it by being refused once.
+        for (place, to, op) in self.carry(self.trips()) {
+            let again = self.carry(vec![(place, to, op)]);
+            assert!(again.is_empty(), "p{place}->p{to}: {op:?} is refused again");
+        }
+    }
+
+    fn trips(&self) -> Vec<(usize, usize, Op)> {
+        self.pairs()
+            .into_iter()
+            .flat_map(|(from, to)| [Op::Write, Op::Read].map(|op| (from, to, op)))
+            .collect()
+    }
+
+    /// A transfer for each, and all of them DONE; gives those that were refused as revoked.
+    fn carry(&mut self, trips: Vec<(usize, usize, Op)>) -> Vec<(usize, usize, Op)> {
         let mut asked = Vec::new();
-        for (place, to) in self.pairs() {
-            for op in [Op::Write, Op::Read] {
-                let Some(life) = self.places[place].life else { continue };
-                asked.extend(self.begin((life, place), to, op, 3, 15_000));
+        for (place, to, op) in trips {
+            let Some(life) = self.places[place].life else { continue };
+            if let Some(number) = self.begin((life, place), to, op, 3, 15_000) {
+                asked.push((number, (place, to, op)));
             }
         }
         assert!(!asked.is_empty(), "there is room for a transfer");
@@ -152,15 +169,21 @@ impl World {
             self.make_due(node);
         }
         let until = self.now_us + CARRYING_US;
-        while self.now_us < until && asked.iter().any(|number| self.transfers[number].end.is_none()) {
+        while self.now_us < until && asked.iter().any(|(number, _)| self.transfers[number].end.is_none()) {
             let next = self.now_us + STEP_US;
             self.run_until(next);
         }
-        for number in asked {
+        let mut refused = Vec::new();
+        for (number, trip) in asked {
             let transfer = &self.transfers[&number];
+            if transfer.end == Some((Outcome::Failed, PeerHalf::Confirmed)) && self.is_revoked(number) {
+                refused.push(trip);
+                continue;
+            }
             let expected = Some((Outcome::Done, PeerHalf::Confirmed));
             assert_eq!(transfer.end, expected, "all is well, but transfer {number} ({:?})", transfer.key);
         }
+        refused
     }
 
     /// All engines leave; then nothing is left of them.

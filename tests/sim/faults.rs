@@ -10,8 +10,10 @@ use tokio::sync::oneshot;
 
 use super::{
     book::Half,
+    daemon::Life,
     lanes::WireId,
     process::{BASE, Process, Role},
+    revoked::What,
     stream::{Down, StreamId, Up},
     world::{Happening, World},
 };
@@ -188,8 +190,12 @@ impl World {
     fn stick(&mut self) {
         let own = self.dice.percent(50);
         let open: Vec<u32> = self.open.iter().copied().collect();
-        let Some(number) = self.dice.pick(&open) else { return };
-        let Some((node, half, words)) = self.under_way(number, own) else { return };
+        let mut found = None;
+        for _ in 0..8 {
+            let Some(number) = self.dice.pick(&open) else { return };
+            found = found.or_else(|| Some((number, self.under_way(number, own)?)));
+        }
+        let Some((number, (node, half, words))) = found else { return };
         let life = if own { Some(self.transfers[&number].key.life) } else { self.places[half.place].life };
         let Some(gate) = life.and_then(|life| self.engine(life)).map(|engine| engine.memory.gate().clone())
         else {
@@ -197,6 +203,7 @@ impl World {
         };
         let long = self.dice.within(1_000, 7_000_000);
         let boot = self.nodes[node].boots;
+        let (place, held) = (half.place, half.holding.words.clone());
         let Some(daemon) = &mut self.nodes[node].daemon else { return };
         let (out, leaves) = oneshot::channel();
         daemon.runtime.spawn(async move {
@@ -214,13 +221,26 @@ impl World {
             "fault stuck in a call, peer's memory"
         });
         self.after(long, Happening::Unstick(node, boot));
+        self.want_back(life, place, held);
+        self.settle(node);
+        self.make_due(node);
+    }
+
+    /// Perhaps the engine wants the memory back just then.
+    fn want_back(&mut self, life: Option<Life>, place: usize, words: Range<usize>) {
+        let Some(life) = life else { return };
+        match self.dice.below(4) {
+            0 => self.unregister(life, Process::region_of(words.start)),
+            1 => self.revoke(life, place, What::Words(vec![words])),
+            _ => {}
+        }
     }
 
     /// The part that a lane would be at now: its node, and the words it touches there.
     fn under_way(&mut self, number: u32, own: bool) -> Option<(usize, Half, Vec<Range<usize>>)> {
         let transfer = self.transfers.get(&number)?;
         let payload = transfer.payload.clone().filter(|payload| !payload.is_stopped())?;
-        if transfer.end.is_some() {
+        if transfer.end.is_some() || self.is_revoked(number) {
             return None;
         }
         let half = if own { transfer.local.clone() } else { transfer.remote.clone() }?;

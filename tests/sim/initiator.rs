@@ -65,6 +65,7 @@ impl World {
             if !matches!(event, Event::Tick | Event::Moved(..)) {
                 self.say(format_args!("{key} hears {}", name(&event)));
             }
+            let event = self.judge_plan(key, event);
             let Some(session) = self.session(key) else { return };
             for action in session.core.handle(now, draw, event) {
                 events.extend(self.carry_out(key, action));
@@ -124,8 +125,9 @@ impl World {
             }
             Action::StopLocal(payload) => return self.stop_local(key, &payload),
             Action::StopPeer(transfer, marks) => self.tell(key, Up::Stop(transfer, marks)),
-            // Nobody revokes in a simulated life yet.
-            Action::RevocationsSeen(_) | Action::HitHere(..) => {}
+            // For lanes that no mark can stop; the tcp ones obey the gate.
+            Action::RevocationsSeen(_) => {}
+            Action::HitHere(ticket, hit) => self.hit_here(key, ticket, hit),
             Action::Unsettled(_, report) => self.note_unsettled(key, &report),
             Action::Finish(run, report) => self.note_end(key, *run, report),
             Action::Probed(_, result) => {
@@ -205,7 +207,7 @@ impl World {
         let Some(link) = live else { return self.shake_hands(key, number, id, message) };
         link.last_life_us = now;
         let event = match message {
-            Down::Beat | Down::Challenge(..) | Down::Accept(_) | Down::Welcome(_) => return,
+            Down::Beat | Down::Challenge(..) | Down::Accept(..) | Down::Welcome(_) => return,
             Down::Grant(lane, Ok(token)) => return self.dial_lane(key, lane, token),
             Down::Grant(lane, Err(failure)) => {
                 let asked = self.session(key).and_then(|session| session.awaiting.remove(&lane));
@@ -217,6 +219,7 @@ impl World {
             Down::LaneFenced(lane, record) => Event::LaneFenced(lane, record),
             Down::Stopped(transfer) => Event::Stopped(transfer),
             Down::Table(table, nonce) => Event::Table(table, nonce),
+            Down::Revoked(list) => Event::Revoked(Box::new(self.told_revocations(list))),
             Down::Bye(failure) => return self.control_ended(key, failure),
             Down::End => return self.control_ended(key, Failure::plain(Reason::ConnectionLost)),
         };
@@ -287,6 +290,7 @@ fn name(event: &Event) -> String {
         Event::Planned(transfer, _, result) => format!("Planned {transfer} {}", result.is_ok()),
         Event::LocalQuiet(transfer) => format!("LocalQuiet {transfer}"),
         Event::Opened(_) => "Opened".into(),
+        Event::Revoked(revoked) => format!("Revoked {}", revoked.epoch()),
         Event::OpenFailed(failure) => format!("OpenFailed {:?}", failure.reason),
         Event::ControlEnded(failure) => format!("ControlEnded {:?}", failure.reason),
         Event::Stopped(transfer) => format!("Stopped {transfer}"),

@@ -41,8 +41,9 @@ impl World {
         let life = self.lives;
         self.lives += 1;
         self.places[place].life = Some(life);
+        let revoked = self.hand_over(place);
         if let Some(daemon) = &mut self.nodes[node].daemon {
-            daemon.attach(life, place, who);
+            daemon.attach(life, (place, who), revoked);
         }
         self.say(format_args!("life {life} at place {place}: {who} attaches"));
         self.count("engine attached");
@@ -96,6 +97,7 @@ impl World {
                     engine.listens = true;
                 }
                 (0..REGIONS).for_each(|region| self.register(life, Some(region)));
+                self.revoke_again(life, place);
             }
             // The attach fails, and its client tries again.
             (None, Err(_)) => {
@@ -155,6 +157,7 @@ impl World {
         let (memory, inbound, place) = (engine.memory.clone(), engine.inbound.clone(), engine.place);
         let sessions: Vec<usize> = engine.sessions.keys().copied().collect();
         self.places[place].life = None;
+        self.forget_revokes(life);
         self.say(format_args!("life {life} ends"));
         let with: Vec<StreamId> =
             self.conversations.iter().filter(|(_, known)| known.life == life).map(|(id, _)| *id).collect();
@@ -244,6 +247,7 @@ impl World {
         }
         drop(daemon);
         self.nodes[node].frozen_until_us = 0;
+        lives.iter().for_each(|life| self.forget_revokes(*life));
         self.orphan(&lives);
         self.wires_due(node);
         let back = self.dice.within(1_000, 2_000_000);

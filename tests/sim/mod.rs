@@ -12,6 +12,8 @@
 //! - I2, at every part that is sent: wherever it was sent before, both ends of that lane are gone ([`book`]);
 //! - I3, DONE: every word is right at that moment;
 //! - I4, I6: whatever comes for another registration, incarnation or run of a daemon changes no word;
+//! - what is revoked is somebody else's as soon as that is SETTLED, whoever still wants it, over restarts too; and
+//!   nobody else's transfer ends by it ([`revoking`]);
 //! - one end for each transfer, an answer for each call in time, nothing left behind;
 //! - when the faults stop, all of it heals and carries bytes again.
 //!
@@ -29,6 +31,8 @@ mod initiator;
 mod lanes;
 mod life;
 mod process;
+mod revoked;
+mod revoking;
 mod stream;
 mod target;
 mod trace;

@@ -9,7 +9,7 @@ use std::{ops::Range, os::fd::OwnedFd, sync::Arc};
 use kvferryd::domain::{Incarnation, RegionId};
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::dice::Dice;
+use super::{dice::Dice, revoked::Revoked};
 
 /// Where every engine's memory begins, in its own address space: the same everywhere, so that nothing but an
 /// identity check keeps one engine's parts out of another's memory.
@@ -143,6 +143,8 @@ pub(super) struct Process {
     pub(super) fd: Arc<OwnedFd>,
     /// What of it is registered.
     pub(super) regions: [Registration; REGIONS],
+    /// What it has revoked.
+    pub(super) revoked: Revoked,
     grains: Vec<Owner>,
     occasions: u32,
 }
@@ -159,6 +161,7 @@ impl Process {
             incarnation,
             fd: Arc::new(fd),
             regions: [Registration::None; REGIONS],
+            revoked: Revoked::default(),
             grains,
             occasions: 0,
         };

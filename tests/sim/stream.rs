@@ -5,6 +5,7 @@
 
 use kvferryd::{
     domain::{BootId, Failure, Incarnation, LaneId, TransferId},
+    policy::RevocationList,
     session::{PeerTable, inbound::Token},
     transport::{LaneKind, LaneRecord},
 };
@@ -47,8 +48,8 @@ pub(super) enum Up {
 pub(super) enum Down {
     /// Who is there.
     Challenge(Incarnation, BootId),
-    /// Earlier lanes are fenced.
-    Accept(Fenced),
+    /// Earlier lanes are fenced, and what was revoked.
+    Accept(Fenced, RevocationList),
     /// The table.
     Welcome(PeerTable),
     /// Alive.
@@ -61,6 +62,8 @@ pub(super) enum Down {
     Stopped(TransferId),
     /// A table, for a request or by itself.
     Table(PeerTable, u64),
+    /// Revocations of one epoch.
+    Revoked(RevocationList),
     /// No session, or no more.
     Bye(Failure),
     /// The stream's end.
@@ -89,5 +92,5 @@ pub(super) struct Stream {
     /// Its initiator has what it dialled for, or waits no more.
     pub(super) dialled: bool,
     /// What the handshake brought so far, at the initiator.
-    pub(super) met: Option<(Incarnation, BootId, Fenced)>,
+    pub(super) met: Option<(Incarnation, BootId, Fenced, RevocationList)>,
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvferryd::{
-    domain::{Failure, Incarnation, LaneId, Reason},
+    domain::{Epoch, Failure, Incarnation, LaneId, Reason},
     memory::RegionTable,
     session::{PeerTable, inbound::InboundSession},
 };
@@ -48,6 +48,8 @@ pub(super) struct Conversation {
     last_life_us: u64,
     heard: u64,
     told_version: u64,
+    /// The newest revocation that its initiator was told.
+    pub(super) told_epoch: Epoch,
     jobs: Vec<AbortHandle>,
 }
 
@@ -111,6 +113,7 @@ impl World {
             last_life_us: self.now_us,
             heard: 0,
             told_version: 0,
+            told_epoch: Epoch(0),
             jobs: vec![],
         };
         self.conversations.insert(id, conversation);
@@ -244,7 +247,8 @@ impl World {
                         conversation.session = Some(session);
                         conversation.stage = Stage::Accepted;
                         self.say(format_args!("stream {id} confirmed, {} lanes fenced", fenced.len()));
-                        self.send_down(id, Down::Accept(fenced));
+                        let told = self.accept_with(id);
+                        self.send_down(id, Down::Accept(fenced, told));
                     }
                     Err(failure) => self.end_conversation(id, failure),
                 }
@@ -262,6 +266,7 @@ impl World {
             Answer::Quiet(key, transfer) => {
                 self.feed(key, kvferryd::session::outbound::Event::LocalQuiet(transfer));
             }
+            Answer::GateQuiet(ticket) => self.gate_quiet(ticket),
             Answer::Registered(life, region, result) => self.registered(node, life, region, result),
             Answer::Released(life, region) => self.released(life, region),
             Answer::Closed(life) => self.memory_closed(node, life),

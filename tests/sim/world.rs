@@ -19,6 +19,7 @@ use super::{
     dice::Dice,
     lanes::{Wire, WireId},
     process::Process,
+    revoking::Revoke,
     stream::{Down, Stream, StreamId, Up},
     target::Conversation,
     trace::Trace,
@@ -146,7 +147,11 @@ pub(super) struct World {
     pub(super) delay_us: u64,
     /// Faults in a hundred occasions.
     pub(super) fault_chance: u64,
-    /// Probes asked for so far.
+    /// Revocations that are not settled, by ticket.
+    pub(super) revokes: BTreeMap<u64, Revoke>,
+    /// Ranges that a daemon keeps of each endpoint's revocations in this life.
+    pub(super) revocation_limit: usize,
+    /// Probes and revocations asked for so far.
     pub(super) tickets: u64,
 }
 
@@ -165,6 +170,7 @@ impl World {
         let quiet_from_us = dice.within(2, 12) * 1_000_000;
         let delay_us = [200, 2_000, 20_000][dice.below(3)];
         let fault_chance = [0, 10, 30, 60][dice.below(4)];
+        let revocation_limit = [2, 64, 64][dice.below(3)];
         let mut world = Self {
             now_us: 0,
             base: Instant::now(),
@@ -189,6 +195,8 @@ impl World {
             quiet_from_us,
             delay_us,
             fault_chance,
+            revokes: BTreeMap::new(),
+            revocation_limit,
             tickets: 0,
         };
         for node in 0..world.nodes.len() {
@@ -346,7 +354,7 @@ impl World {
                 self.lane_event(key, lane, event);
             } else if let Some(answer) = mail.answer() {
                 self.answer(node, answer);
-            } else if !self.push_tables(node) {
+            } else if !self.push_tables(node) && !self.push_revocations(node) && !self.answer_revokes(node) {
                 return heard;
             }
             heard = true;

@@ -1,9 +1,6 @@
 //! `kvferry.peer.v1` to domain types and back. A message that cannot be converted ends the session.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use kvferry_proto::{peer::v1 as wire, types::v1 as types};
 
@@ -127,27 +124,23 @@ pub(super) fn table_in(table: wire::Table) -> Result<PeerTable, BadField> {
     })
 }
 
-/// One message for each epoch of ranges, one for each tag.
-/// One message for each epoch, in order. The last one is of the newest epoch and brings the floor, also where what
-/// was revoked then is remembered by the floor alone.
+/// One message for each epoch of ranges, one for each tag. The last one is of the newest epoch, also where what was
+/// revoked then is remembered by the floor alone, and brings the floor.
 pub(super) fn revoked_out(list: RevocationList) -> Vec<wire::Revoked> {
-    let (newest, floor) = (list.epoch.0, list.floor.0);
-    let mut by_epoch: BTreeMap<Epoch, wire::Revoked> = BTreeMap::new();
-    for (epoch, range) in list.ranges {
-        let revoked = by_epoch
-            .entry(epoch)
-            .or_insert_with(|| wire::Revoked { epoch: epoch.0, ..wire::Revoked::default() });
-        revoked.ranges.push(types::Range { base: range.base(), length: range.length() });
-    }
-    let tag = |revoked: TagRevoked| wire::Revoked {
-        epoch: revoked.epoch.0,
-        tag: revoked.tag.0.to_vec(),
-        ..wire::Revoked::default()
-    };
-    let mut all: Vec<wire::Revoked> = by_epoch.into_values().chain(list.tags.into_iter().map(tag)).collect();
-    all.sort_by_key(|revoked| revoked.epoch);
-    if all.last().is_none_or(|last| last.epoch != newest) {
-        all.push(wire::Revoked { epoch: newest, ..wire::Revoked::default() });
+    let floor = list.floor.0;
+    let mut all = Vec::new();
+    for RevocationList { epoch, ranges, tags, .. } in list.by_epoch() {
+        let named = !ranges.is_empty();
+        let ranges =
+            ranges.iter().map(|(_, range)| types::Range { base: range.base(), length: range.length() });
+        let ranges = wire::Revoked { epoch: epoch.0, ranges: ranges.collect(), ..Default::default() };
+        let tag = |revoked: &TagRevoked| wire::Revoked {
+            epoch: epoch.0,
+            tag: revoked.tag.0.to_vec(),
+            ..Default::default()
+        };
+        all.extend(Some(ranges).filter(|_| named || tags.is_empty()));
+        all.extend(tags.iter().map(tag));
     }
     if let Some(last) = all.last_mut() {
         last.floor = floor;

@@ -70,6 +70,24 @@ pub struct RevocationList {
     pub tags: Vec<TagRevoked>,
 }
 
+impl RevocationList {
+    /// As it is told step by step: a list for each epoch, oldest first. Of the newest there always is one, though
+    /// it may name nothing: where only the floor rose, whoever is not told of the epoch is refused for good.
+    pub fn by_epoch(self) -> Vec<Self> {
+        let mut steps: BTreeMap<Epoch, Self> = BTreeMap::new();
+        if self.epoch > Epoch(0) {
+            steps.entry(self.epoch).or_default();
+        }
+        for (epoch, range) in self.ranges {
+            steps.entry(epoch).or_default().ranges.push((epoch, range));
+        }
+        for tag in self.tags {
+            steps.entry(tag.epoch).or_default().tags.push(tag);
+        }
+        steps.into_iter().map(|(epoch, step)| Self { epoch, ..step }).collect()
+    }
+}
+
 /// What speaks against a transfer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Hit {
