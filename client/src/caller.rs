@@ -30,7 +30,7 @@ use crate::{
     memory::Backing,
     peers::Peers,
     pipe::Pipe,
-    regions::Regions,
+    regions::{Regions, Theirs},
     revocations::{Noted, Range, Revocations},
     transfer::{IdMint, millis},
     unsettled::Unsettled,
@@ -93,12 +93,14 @@ impl Core {
         self.facts.latest()
     }
 
-    /// Attached again: from now on calls are made under this lease, and the one before is proven over.
-    pub(crate) fn renew(&self, lease: Arc<Lease>) {
+    /// Attached again, with these regions registered: from now on calls are made under this lease, and the one before
+    /// is proven over. Gives the regions that were unregistered meanwhile.
+    pub(crate) fn renew(&self, lease: Arc<Lease>, regions: &[(u32, u32)]) -> Vec<u32> {
         self.facts.append(&lease);
         let before = self.lease.send_replace(lease);
         before.released.store(true, Ordering::SeqCst);
         self.unsettled.look();
+        self.regions.adopt(regions)
     }
 
     /// There will be no other lease.
@@ -281,15 +283,30 @@ impl Caller {
                 return Ok(settlement);
             }
             // Registered anew with the next daemon while the last one was asked: that one is asked as well.
-            if self.core.regions.remove(lease.number, regions) {
+            if let Some(settlement) = self.core.regions.remove(lease.number, regions) {
                 return Ok(settlement);
             }
         }
     }
 
+    /// Tells the daemon what was unregistered while it registered everything. Whoever did so was told UNSETTLED, and
+    /// learns the end by asking again.
+    pub(crate) async fn part_with(&self, lease: &Lease, regions: &[u32]) {
+        match self.unregister_with(lease, regions).await {
+            Ok(Settlement::Settled) => self.core.regions.gone(lease.number, regions),
+            Ok(Settlement::Unsettled) => {}
+            Err(error) => tracing::warn!(%error, ?regions, "unregistered regions are still with the daemon"),
+        }
+    }
+
     async fn unregister_with(&self, lease: &Lease, regions: &[u32]) -> Result<Settlement, Error> {
         const CALL: &str = "UnregisterRegions";
-        let region_ids = self.core.regions.theirs(regions)?;
+        let region_ids = match self.core.regions.theirs(regions)? {
+            Theirs::Known(ids) => ids,
+            // It may have got them already. Where there will be no other daemon, its exit is proof.
+            Theirs::Renewing(_) if self.core.returns() => return Ok(Settlement::Unsettled),
+            Theirs::Renewing(daemon) => return Ok(daemon.standing().into()),
+        };
         if region_ids.is_empty() && !regions.is_empty() {
             return Ok(Settlement::Settled);
         }

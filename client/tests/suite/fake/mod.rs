@@ -264,6 +264,16 @@ impl Fake {
         self.await_count(count, |state| state.cancels.len());
     }
 
+    /// Blocks until the daemon has so many registrations.
+    pub(crate) fn await_registrations(&self, count: usize) {
+        self.await_count(count, |state| state.registered.len());
+    }
+
+    /// Blocks until the daemon has so many unregistrations.
+    pub(crate) fn await_unregistrations(&self, count: usize) {
+        self.await_count(count, |state| state.unregistered.len());
+    }
+
     fn await_count(&self, count: usize, arrived: impl Fn(&State) -> usize) {
         let end = Instant::now() + Duration::from_secs(20);
         let mut state = self.shared.state.lock().unwrap();
