@@ -343,8 +343,8 @@ impl Caller {
         }
     }
 
-    /// A call has the transfer in hand: it ends by itself if it was not sent yet, and otherwise once its daemon is told,
-    /// which the call itself may reach later than this. Nothing when the call is over and has not proven anything.
+    /// A call has the transfer in hand: it ends by itself if it was not sent yet, and otherwise once its daemon is
+    /// told, which the call itself may reach later than this. Nothing when the call is over and has not proven anything.
     async fn cancel_in_hand(
         &self,
         id: TransferId,
