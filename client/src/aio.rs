@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    future::Future,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -97,9 +98,10 @@ impl Engine {
     ///
     /// # Errors
     /// See there.
-    pub async fn transfer(&self, transfer: Transfer) -> Result<Report, Error> {
-        let caller = self.caller()?;
-        caller.transfer(Order::new(&caller.core, transfer)).await
+    pub fn transfer(&self, transfer: Transfer) -> impl Future<Output = Result<Report, Error>> + Send {
+        // Now, not when the future is first polled: what is revoked from here on revokes it.
+        let order = self.0.get().map(|inner| Order::new(&inner.attachment.core, transfer));
+        async move { self.caller()?.transfer(order?).await }
     }
 
     /// As [`crate::Engine::wait`].

@@ -20,18 +20,18 @@ use tokio::{sync::watch, time};
 use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
-    EngineOptions, Error, Failure, Path, Policy, Reason, Region, Settlement, TransferId, connection,
+    EngineOptions, Error, Failure, Outcome, Path, Policy, Reason, Region, Settlement, TransferId, connection,
     cuts::Cuts,
     error::NoReply,
     facts::Facts,
     fds,
-    held::Held,
-    lease::{Lease, Verdict},
+    lease::{Lease, PROOF_LOOK, Verdict},
     memory::Backing,
+    orders::{Joined, Orders},
     peers::Peers,
     pipe::Pipe,
-    regions::Regions,
-    revocations::{Noted, Range, Revocations},
+    regions::{Regions, Theirs},
+    revocations::{self, Noted, Range, Revocations},
     transfer::{IdMint, millis},
     unsettled::Unsettled,
 };
@@ -40,6 +40,9 @@ use crate::{
 pub(crate) const STRANGER: Code = Code::Unauthenticated;
 /// What an answer may take on top of the time the daemon was given.
 pub(crate) const ANSWER_MARGIN: Duration = Duration::from_secs(2);
+
+/// How long a cancellation waits for a daemon to have the transfer that it is to cancel.
+const CANCEL_WAIT: Duration = Duration::from_secs(5);
 
 /// What all callers of an engine share.
 #[derive(Debug)]
@@ -54,7 +57,7 @@ pub(crate) struct Core {
     pub(crate) regions: Regions,
     pub(crate) peers: Peers,
     pub(crate) unsettled: Unsettled,
-    pub(crate) held: Held,
+    pub(crate) orders: Orders,
     facts: Facts,
     /// The latest lease, ended or not.
     lease: watch::Sender<Arc<Lease>>,
@@ -75,7 +78,7 @@ impl Core {
             regions: Regions::default(),
             peers: Peers::default(),
             unsettled: Unsettled::default(),
-            held: Held::default(),
+            orders: Orders::default(),
             facts: Facts::new(&lease),
             lease: watch::Sender::new(lease),
             returns: AtomicBool::new(options.reattach),
@@ -93,12 +96,14 @@ impl Core {
         self.facts.latest()
     }
 
-    /// Attached again: from now on calls are made under this lease, and the one before is proven over.
-    pub(crate) fn renew(&self, lease: Arc<Lease>) {
+    /// Attached again, with these regions registered: from now on calls are made under this lease, and the one before
+    /// is proven over. Gives the regions that were unregistered meanwhile.
+    pub(crate) fn renew(&self, lease: Arc<Lease>, regions: &[(u32, u32)]) -> Vec<u32> {
         self.facts.append(&lease);
         let before = self.lease.send_replace(lease);
         before.released.store(true, Ordering::SeqCst);
         self.unsettled.look();
+        self.regions.adopt(regions)
     }
 
     /// There will be no other lease.
@@ -281,15 +286,30 @@ impl Caller {
                 return Ok(settlement);
             }
             // Registered anew with the next daemon while the last one was asked: that one is asked as well.
-            if self.core.regions.remove(lease.number, regions) {
+            if let Some(settlement) = self.core.regions.remove(lease.number, regions) {
                 return Ok(settlement);
             }
         }
     }
 
+    /// Tells the daemon what was unregistered while it registered everything. Whoever did so was told UNSETTLED, and
+    /// learns the end by asking again.
+    pub(crate) async fn part_with(&self, lease: &Lease, regions: &[u32]) {
+        match self.unregister_with(lease, regions).await {
+            Ok(Settlement::Settled) => self.core.regions.gone(lease.number, regions),
+            Ok(Settlement::Unsettled) => {}
+            Err(error) => tracing::warn!(%error, ?regions, "unregistered regions are still with the daemon"),
+        }
+    }
+
     async fn unregister_with(&self, lease: &Lease, regions: &[u32]) -> Result<Settlement, Error> {
         const CALL: &str = "UnregisterRegions";
-        let region_ids = self.core.regions.theirs(regions)?;
+        let region_ids = match self.core.regions.theirs(regions)? {
+            Theirs::Known(ids) => ids,
+            // It may have got them already. Where there will be no other daemon, its exit is proof.
+            Theirs::Renewing(_) if self.core.returns() => return Ok(Settlement::Unsettled),
+            Theirs::Renewing(daemon) => return Ok(daemon.standing().into()),
+        };
         if region_ids.is_empty() && !regions.is_empty() {
             return Ok(Settlement::Settled);
         }
@@ -303,26 +323,63 @@ impl Caller {
     }
 
     pub(crate) async fn cancel(&self, id: TransferId) -> Result<Settlement, Error> {
-        const CALL: &str = "Cancel";
+        let in_hand = self.core.orders.cancel(id);
+        // In this order: whoever looks at the one and then at the other misses no cancellation.
         self.core.cuts.cancel(id);
-        if self.core.held.cancel(id) || self.core.unsettled.end_of(id).is_some() {
+        if let Some(settlement) = self.cancel_in_hand(id, in_hand).await? {
+            return Ok(settlement);
+        }
+        if self.core.unsettled.end_of(id).is_some() {
             return Ok(Settlement::Settled);
         }
-        let current = self.core.cuts.current(id);
-        if let Some(lost) = self.core.unsettled.lost_with(current) {
+        if let Some(lost) = self.core.unsettled.lost_with(self.core.cuts.current(id)) {
             return Ok(lost.standing().into());
         }
         let lease = self.core.lease();
-        let mut client = self.client.clone();
-        let rpc = client.cancel(lease.request(wire::CancelRequest { transfer_id: current.0.to_vec() }));
-        match self.ask(&lease, CALL, rpc).await {
-            Ok(reply) => settlement(reply.into_inner()),
+        match self.ask_cancel(&lease, id).await {
+            Ok(settlement) => Ok(settlement),
             Err(NoReply::Answered(error)) => Err(error),
             Err(NoReply::Lost(..)) => Ok(lease.verdict().await.into()),
         }
     }
 
+    /// A call has the transfer in hand: it ends by itself if it was not sent yet, and otherwise once its daemon is
+    /// told, which the call itself may reach later than this. Nothing when the call is over and has not proven anything.
+    async fn cancel_in_hand(
+        &self,
+        id: TransferId,
+        in_hand: Option<Joined>,
+    ) -> Result<Option<Settlement>, Error> {
+        let Some(mut call) = in_hand else { return Ok(None) };
+        let told = async {
+            loop {
+                if let Ok(settlement) = self.ask_cancel(&self.core.lease(), id).await {
+                    return settlement;
+                }
+                time::sleep(PROOF_LOOK).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            report = call.over() => {
+                let settled = report.is_some_and(|report| report.outcome != Outcome::Unsettled);
+                Ok(settled.then_some(Settlement::Settled))
+            }
+            told = time::timeout(CANCEL_WAIT, told) => Ok(Some(told.unwrap_or(Settlement::Unsettled))),
+        }
+    }
+
+    async fn ask_cancel(&self, lease: &Lease, id: TransferId) -> Result<Settlement, NoReply> {
+        let current = self.core.cuts.current(id);
+        let mut client = self.client.clone();
+        let rpc = client.cancel(lease.request(wire::CancelRequest { transfer_id: current.0.to_vec() }));
+        let reply = self.ask(lease, "Cancel", rpc).await?.into_inner();
+        settlement(reply).map_err(NoReply::Answered)
+    }
+
     pub(crate) async fn revoke(&self, ranges: &[Range]) -> Result<Settlement, Error> {
+        // What a daemon refuses must not be noted: it would refuse the whole list at the next attachment.
+        revocations::check(ranges)?;
         let noted = self.core.revocations.note(ranges);
         let wire_range = |range: &Range| types::Range { base: range.address, length: range.length };
         let message = wire::RevokeRequest { ranges: ranges.iter().map(wire_range).collect() };

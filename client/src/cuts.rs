@@ -2,7 +2,7 @@
 //! caller knows reach the one under way.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -10,10 +10,19 @@ use crate::TransferId;
 
 /// Cut batches under way or not settled; each stands for millions of slices, so few are enough.
 const MOST: usize = 64;
+/// Batches remembered of which nobody waited for the end.
+const MOST_DROPPED: usize = 4096;
 
 /// The lock is held for single map operations.
 #[derive(Debug, Default)]
-pub(crate) struct Cuts(Mutex<HashMap<TransferId, Cut>>);
+pub(crate) struct Cuts(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    under_way: HashMap<TransferId, Cut>,
+    /// The batch, and the piece that was under way when its call was dropped.
+    dropped: VecDeque<(TransferId, TransferId)>,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Cut {
@@ -21,20 +30,54 @@ struct Cut {
     cancelled: bool,
 }
 
-impl Cuts {
-    /// Remembers a batch. False when there are too many.
-    pub(crate) fn begin(&self, batch: TransferId) -> bool {
-        let mut cuts = self.lock();
-        let room = cuts.len() < MOST || cuts.contains_key(&batch);
-        if room {
-            cuts.insert(batch, Cut { current: batch, cancelled: false });
+/// A call that carries a batch. Dropped in the middle, it makes room for others; which piece was under way is
+/// remembered, because the daemon ends that one by itself and can be asked about it.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Cutting<'a> {
+    cuts: &'a Cuts,
+    batch: TransferId,
+}
+
+impl Cutting<'_> {
+    /// The batch has ended.
+    pub(crate) fn end(self) {
+        self.cuts.end(self.batch);
+    }
+
+    /// It is not settled: it has its place until it is.
+    pub(crate) fn stays(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Cutting<'_> {
+    fn drop(&mut self) {
+        let mut cuts = self.cuts.lock();
+        // Nothing after an orderly end.
+        let Some(cut) = cuts.under_way.remove(&self.batch) else { return };
+        if cuts.dropped.len() == MOST_DROPPED {
+            cuts.dropped.pop_front();
         }
-        room
+        cuts.dropped.push_back((self.batch, cut.current));
+    }
+}
+
+impl Cuts {
+    /// Remembers a batch. Nothing when there are too many.
+    pub(crate) fn begin(&self, batch: TransferId) -> Option<Cutting<'_>> {
+        let mut cuts = self.lock();
+        if cuts.under_way.len() >= MOST && !cuts.under_way.contains_key(&batch) {
+            return None;
+        }
+        cuts.dropped.retain(|(dropped, _)| *dropped != batch);
+        cuts.under_way.insert(batch, Cut { current: batch, cancelled: false });
+        Some(Cutting { cuts: self, batch })
     }
 
     /// The next piece is about to start. False when the batch was cancelled meanwhile.
     pub(crate) fn advance(&self, batch: TransferId, piece: TransferId) -> bool {
-        match self.lock().get_mut(&batch) {
+        match self.lock().under_way.get_mut(&batch) {
             Some(cut) if !cut.cancelled => {
                 cut.current = piece;
                 true
@@ -45,28 +88,38 @@ impl Cuts {
 
     /// Starts no further piece of the batch.
     pub(crate) fn cancel(&self, batch: TransferId) {
-        if let Some(cut) = self.lock().get_mut(&batch) {
+        if let Some(cut) = self.lock().under_way.get_mut(&batch) {
             cut.cancelled = true;
         }
     }
 
     /// The batch has ended.
     pub(crate) fn end(&self, batch: TransferId) {
-        self.lock().remove(&batch);
+        let mut cuts = self.lock();
+        cuts.under_way.remove(&batch);
+        cuts.dropped.retain(|(dropped, _)| *dropped != batch);
     }
 
     /// What the daemon knows a batch by at the moment.
     pub(crate) fn current(&self, batch: TransferId) -> TransferId {
-        self.lock().get(&batch).map_or(batch, |cut| cut.current)
+        self.lock().all().find(|(each, _)| *each == batch).map_or(batch, |(_, piece)| piece)
     }
 
     /// The batch that a transfer known to the daemon is a piece of.
     pub(crate) fn batch_of(&self, piece: TransferId) -> TransferId {
-        self.lock().iter().find(|(_, cut)| cut.current == piece).map_or(piece, |(batch, _)| *batch)
+        self.lock().all().find(|(_, current)| *current == piece).map_or(piece, |(batch, _)| batch)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<TransferId, Cut>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Batches and their pieces under way.
+    fn all(&self) -> impl Iterator<Item = (TransferId, TransferId)> {
+        let under_way = self.under_way.iter().map(|(batch, cut)| (*batch, cut.current));
+        under_way.chain(self.dropped.iter().copied())
     }
 }
 
@@ -81,11 +134,11 @@ mod tests {
     #[test]
     fn a_cut_batch_is_its_current_piece_until_it_ends() {
         let cuts = Cuts::default();
-        assert!(cuts.begin(id(1)));
+        let cutting = cuts.begin(id(1)).unwrap();
         assert!(cuts.advance(id(1), id(2)));
         assert_eq!(cuts.current(id(1)), id(2));
         assert_eq!(cuts.batch_of(id(2)), id(1));
-        cuts.end(id(1));
+        cutting.end();
         assert_eq!(cuts.current(id(1)), id(1));
         assert_eq!(cuts.batch_of(id(2)), id(2));
     }
@@ -93,7 +146,7 @@ mod tests {
     #[test]
     fn a_cancelled_batch_starts_no_further_piece() {
         let cuts = Cuts::default();
-        assert!(cuts.begin(id(1)));
+        let _cutting = cuts.begin(id(1)).unwrap();
         cuts.cancel(id(1));
         assert!(!cuts.advance(id(1), id(2)));
         assert_eq!(cuts.current(id(1)), id(1));
@@ -102,8 +155,25 @@ mod tests {
     #[test]
     fn there_is_a_limit() {
         let cuts = Cuts::default();
-        assert!((0..MOST as u8).all(|number| cuts.begin(id(number))));
-        assert!(!cuts.begin(id(255)));
-        assert!(cuts.begin(id(0)), "submitting one again joins it");
+        let _all: Vec<_> = (0..MOST as u8).map(|number| cuts.begin(id(number)).unwrap()).collect();
+        assert!(cuts.begin(id(255)).is_none());
+        assert!(cuts.begin(id(0)).is_some(), "submitting one again joins it");
+    }
+
+    #[test]
+    fn a_call_dropped_in_mid_batch_makes_room_and_its_piece_is_still_known() {
+        let cuts = Cuts::default();
+        for number in 0..=2 * MOST as u8 {
+            let cutting = cuts.begin(id(number)).unwrap();
+            assert!(cuts.advance(id(number), id(number + 100)));
+            drop(cutting);
+        }
+        assert_eq!(cuts.current(id(1)), id(101));
+        assert_eq!(cuts.batch_of(id(101)), id(1));
+        cuts.end(id(1));
+        assert_eq!(cuts.current(id(1)), id(1));
+        cuts.begin(id(2)).unwrap().stays();
+        assert_eq!(cuts.current(id(2)), id(2), "it runs again");
+        assert_eq!(cuts.lock().under_way.len(), 1);
     }
 }

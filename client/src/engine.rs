@@ -22,10 +22,12 @@ use crate::{
 /// has its own connection. In async code use [`aio::Engine`](crate::aio::Engine).
 ///
 /// When the daemon restarts, the engine attaches again by itself and registers everything again (see
-/// [`Event::Reattached`] and [`EngineOptions::reattach`]); region ids stay as they are. Until then every call
-/// returns promptly with [`Error::NoDaemon`], but for [`wait`](Self::wait), and for transfers that the leaving
-/// daemon did not take: those are held back until their deadline. After [`Event::Detached`] only a new
-/// attachment helps. In a forked child every call returns [`Error::Forked`], and dropping the handle does nothing.
+/// [`Event::Reattached`] and [`EngineOptions::reattach`]); region ids stay as they are. Until then what would begin
+/// something returns with [`Error::NoDaemon`] within seconds. What ends something answers UNSETTLED, or that error,
+/// until it is proven: [`unregister`](Self::unregister), [`cancel`](Self::cancel), and the revocations, which are kept
+/// for the next daemon. [`wait`](Self::wait) waits on, and transfers that the leaving daemon did not take are held back
+/// until their deadline. After [`Event::Detached`] only a new attachment helps. In a
+/// forked child every call returns [`Error::Forked`], and dropping the handle does nothing.
 ///
 /// # Panics
 /// The calls panic inside an async context, as every blocking call of tokio does.
@@ -88,9 +90,11 @@ impl Engine {
 
     /// Takes regions back. Transfers that use them end with `RegionChanged`.
     ///
-    /// Their memory is the caller's again only once this says [`Settlement::Settled`]; call again to wait on.
+    /// Their memory is the caller's again only once this says [`Settlement::Settled`]; call again to wait on. While
+    /// the engine is being attached again it says UNSETTLED, and the regions go as soon as the daemon has answered.
     ///
     /// # Errors
+    /// [`Error::NoDaemon`] when nobody was asked and nothing is proven: the regions stay registered.
     /// [`Error::Refused`] for an id that is not a region of this engine.
     pub fn unregister(&self, regions: &[u32]) -> Result<Settlement, Error> {
         self.call(async |caller| caller.unregister(regions).await)
@@ -127,7 +131,8 @@ impl Engine {
         Ok(Pending { id, rest: Owned::new((attachment.clone(), report)) })
     }
 
-    /// Waits for the end of a transfer that was submitted, or reported as UNSETTLED. `Duration::MAX` waits
+    /// Waits for the end of a transfer that was submitted, or reported as UNSETTLED. While a call has the transfer in
+    /// hand, it is that call's report. `Duration::MAX` waits
     /// until it is over. Of a batch that was cut, the counts are those of the transfer that stands for it.
     ///
     /// A transfer lost with this node's daemon ends as `Failed` with reason `OwnDaemonGone` once that daemon is
@@ -149,9 +154,9 @@ impl Engine {
     }
 
     /// Takes memory back from every transfer admitted so far, in both directions, a peer's and this engine's own.
-    /// Once this says [`Settlement::Settled`], nothing in flight or queued touches these ranges any more; transfers
-    /// that are submitted from then on may. Those that were hit end as FAILED with `Revoked`. The ranges need not be
-    /// registered.
+    /// Once this says [`Settlement::Settled`], nothing in flight or queued touches these ranges any more. Transfers
+    /// that are submitted from then on may; this engine's own that were submitted before may not, whichever comes
+    /// to the daemon first. Those that were hit end as FAILED with `Revoked`. The ranges need not be registered.
     ///
     /// A peer whose daemon has never met this engine admits at the meeting: against a transfer that it had queued
     /// before, only [`revoke_tag`](Self::revoke_tag) helps.

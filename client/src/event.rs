@@ -43,7 +43,8 @@ pub enum Event {
         /// What transfers under way have left.
         grace: Duration,
     },
-    /// The daemon was gone, and the engine is attached again, with everything registered.
+    /// The daemon was gone, and the engine is attached again, with all registered that the daemon takes
+    /// ([`RegionInvalidated`](Self::RegionInvalidated) told the rest).
     Reattached {
         /// `host:port`: where peers reach this engine now.
         session_id: String,
@@ -52,8 +53,8 @@ pub enum Event {
         /// Of the daemon; the same as before where it had only lost touch with the engine.
         boot_id: [u8; 16],
     },
-    /// The lease ended for good: the daemon refuses this engine, or it is not to attach again. The last event;
-    /// the receiver disconnects after it.
+    /// The lease ended for good: the daemon refuses to attach this engine, or it is not to attach again. The last
+    /// event; the receiver disconnects after it.
     Detached {
         /// For people.
         cause: String,

@@ -6,16 +6,19 @@
 
 use std::sync::Arc;
 
+use kvferry_proto::engine::v1::engine_client::EngineClient;
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
 };
+use tonic::transport::Channel;
 
 use crate::{
     EngineOptions, Error, Event, Failure, Reason, Report,
     attach::{self, Attached, Introduction},
     caller::{Caller, Core},
     event::Fanout,
+    lease::Lease,
     reattach,
     submit::Order,
     transfer, watch,
@@ -110,21 +113,28 @@ async fn begin(options: &EngineOptions) -> Result<(Arc<Core>, Attachment), Error
 /// Holds one lease after the other. Returns when there will be no other, and everybody was told.
 async fn keep(core: &Arc<Core>, options: &EngineOptions, attachment: Attachment, events: &Fanout) {
     let Attachment { seed, mut attached } = attachment;
+    // Of the regions that the daemon has been given: no use of theirs any more.
+    let mut leaving = Vec::new();
     let cause = loop {
         let Attached { lease, events: stream, client, end } = attached;
-        let ending = watch::hold(core, &lease, stream, client, events).await;
+        let parting = part_with(core, client.clone(), &lease, &leaving);
+        let ending = tokio::select! {
+            ending = watch::hold(core, &lease, stream, client, events) => ending,
+            ending = parting => ending,
+        };
         tracing::warn!(session = lease.session_id, cause = ending.cause, "the lease has ended");
         end.send_replace(Some(ending.clone()));
         core.unsettled.look();
         if !options.reattach {
             break ending.cause;
         }
-        attached = match reattach::again(core, options, &seed, events).await {
-            Ok(attached) => attached,
+        let renewed = match reattach::again(core, options, &seed, events).await {
+            Ok(renewed) => renewed,
             Err(error) => break format!("{}; then: {error}", ending.cause),
         };
+        attached = renewed.attached;
         let now = attached.lease.clone();
-        core.renew(now.clone());
+        leaving = core.renew(now.clone(), &renewed.regions);
         tracing::info!(session = now.session_id, "attached again");
         events.send(&Event::Reattached {
             session_id: now.session_id.clone(),
@@ -135,6 +145,14 @@ async fn keep(core: &Arc<Core>, options: &EngineOptions, attachment: Attachment,
     core.give_up();
     tracing::warn!(cause, "detached for good");
     events.detach(cause);
+}
+
+/// Never returns: whoever holds the lease says when it is over.
+async fn part_with<T>(core: &Arc<Core>, client: EngineClient<Channel>, lease: &Lease, regions: &[u32]) -> T {
+    if !regions.is_empty() {
+        Caller::over(core, client).part_with(lease, regions).await;
+    }
+    std::future::pending().await
 }
 
 /// The transfers of `submit`.

@@ -219,3 +219,29 @@ impl DaemonProcess {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// Of a daemon whose process nobody can watch.
+    pub(crate) fn lease(number: u64) -> Arc<Lease> {
+        Arc::new(Lease {
+            number,
+            engine_id: 1,
+            session_id: "127.0.0.1:20000".into(),
+            boot_id: [0; 16],
+            token: [0; 32],
+            token_metadata: MetadataValue::from_bytes(&[0; 32]),
+            limits: Limits { slices: 1, chunk_slices: 1, regions: 1, transfers: 1 },
+            daemon_pid: 0,
+            fd_socket: PathBuf::new(),
+            process: DaemonProcess::default(),
+            ended: watch::channel(None).1,
+            draining: AtomicBool::new(false),
+            released: AtomicBool::new(false),
+        })
+    }
+}

@@ -26,6 +26,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// that ends breaks it off.
 const ATTEMPT: Duration = Duration::from_secs(60);
 
+/// Attached again, and everything registered.
+pub(crate) struct Renewed {
+    pub(crate) attached: Attached,
+    /// Our numbers of the regions, beside the daemon's.
+    pub(crate) regions: Vec<(u32, u32)>,
+}
+
 /// Attaches until it works.
 ///
 /// # Errors
@@ -35,50 +42,70 @@ pub(crate) async fn again(
     options: &EngineOptions,
     seed: &[u8; 32],
     events: &Fanout,
-) -> Result<Attached, Error> {
+) -> Result<Renewed, Error> {
     let mut pauses = Pauses(FIRST_PAUSE);
+    // Who may have our memory: the last daemon we were attached to, or one that was given it since and then lost.
+    let mut holds = core.lease();
     loop {
         time::sleep(pauses.next(draw())).await;
-        match attempt(core, options, seed, events).await {
-            Ok(attached) => return Ok(attached),
+        let attached = match attach_again(core, options, seed, &holds).await {
+            Ok(attached) => attached,
             Err(error) if is_final(&error) => return Err(error),
-            Err(error) => tracing::debug!(%error, "attaching again did not work out yet"),
+            Err(error) => {
+                tracing::debug!(%error, "attaching again did not work out yet");
+                continue;
+            }
+        };
+        holds = attached.lease.clone();
+        // Whatever this meets, descriptors included, the next attempt may not.
+        match register_again(core, options, &attached, events).await {
+            Ok(regions) => return Ok(Renewed { attached, regions }),
+            Err(error) => tracing::debug!(%error, "registering again did not work out yet"),
         }
     }
 }
 
-async fn attempt(
+/// Once this has returned nobody of the attachment before can touch our memory.
+async fn attach_again(
     core: &Arc<Core>,
     options: &EngineOptions,
     seed: &[u8; 32],
-    events: &Fanout,
+    holds: &Lease,
 ) -> Result<Attached, Error> {
     let last = core.lease();
-    let (number, regions) = core.regions.begin();
     let introduction = Introduction {
         options,
         seed,
-        number,
+        number: last.number + 1,
         port: port(&last.session_id).or(options.preferred_port),
         known_peers: core.peers.to_wire(),
         revocations: Some(core.revocations.hand_over()),
         patience: ATTEMPT,
     };
     let attached = attach::attach(introduction).await?;
-    if attached.lease.boot_id != last.boot_id && last.process.is_alive() {
+    if attached.lease.boot_id != holds.boot_id && holds.process.is_alive() {
         // Somebody else serves at the socket. Our memory is with a daemon that has not exited.
         let cause = "another daemon answers, and the one before it has not exited".to_owned();
         return Err(Error::NoDaemon { path: options.socket.clone(), cause });
     }
+    Ok(attached)
+}
+
+async fn register_again(
+    core: &Arc<Core>,
+    options: &EngineOptions,
+    attached: &Attached,
+    events: &Fanout,
+) -> Result<Vec<(u32, u32)>, Error> {
+    let regions = core.regions.begin(&attached.lease);
     // However much there is to register, it is waited for; but not for a daemon that does not run.
     tokio::select! {
-        registered = register(core, &attached, regions, events) => registered?,
+        registered = register(core, attached, regions, events) => registered,
         () = watch::silence(attached.client.clone()) => {
             let cause = "the daemon fell silent while memory was registered again".to_owned();
-            return Err(Error::NoDaemon { path: options.socket.clone(), cause });
+            Err(Error::NoDaemon { path: options.socket.clone(), cause })
         }
     }
-    Ok(attached)
 }
 
 /// Registers everything again, in one call, even if it is nothing: until then the daemon keeps peers waiting. What
@@ -88,15 +115,14 @@ async fn register(
     attached: &Attached,
     mut regions: Vec<(u32, Backing)>,
     events: &Fanout,
-) -> Result<(), Error> {
+) -> Result<Vec<(u32, u32)>, Error> {
     let caller = Caller::over(core, attached.client.clone());
     loop {
         let memory: Vec<Backing> = regions.iter().map(|(_, backing)| backing.clone()).collect();
         match caller.register_with(&attached.lease, &memory).await {
             Ok(registered) => {
                 let theirs = registered.iter().map(|region| region.id);
-                core.regions.adopt(regions.iter().map(|(ours, _)| *ours).zip(theirs));
-                return Ok(());
+                return Ok(regions.iter().map(|(ours, _)| *ours).zip(theirs).collect());
             }
             Err(Error::Refused(failure)) => {
                 let at = failure.index.and_then(|index| usize::try_from(index).ok());

@@ -48,6 +48,27 @@ pub fn tag(name: impl AsRef<[u8]>) -> [u8; 16] {
     })
 }
 
+/// Refuses what no daemon takes.
+///
+/// # Errors
+/// `BadArgument` for no ranges at all and for an empty one, `OutOfBounds` for one that wraps around; with its index.
+pub(crate) fn check(ranges: &[Range]) -> Result<(), Error> {
+    if ranges.is_empty() {
+        return Err(Error::argument("no ranges to revoke", None));
+    }
+    for (index, range) in ranges.iter().enumerate() {
+        let index = Some(index as u64);
+        if range.length == 0 {
+            return Err(Error::argument("a range to revoke is empty", index));
+        }
+        if range.address.checked_add(range.length).is_none() {
+            let failure = Failure::new(Reason::OutOfBounds, "a range to revoke wraps around");
+            return Err(Error::Refused(Failure { index, ..failure }));
+        }
+    }
+    Ok(())
+}
+
 /// All revocations that still mean something. The lock is held for map operations only.
 #[derive(Debug, Default)]
 pub(crate) struct Revocations(Mutex<State>);
@@ -95,6 +116,11 @@ enum What {
 }
 
 impl Revocations {
+    /// The newest that was answered: every later one gets a higher epoch, and so may one that has no answer yet.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.lock().epoch
+    }
+
     pub(crate) fn note(&self, ranges: &[Range]) -> Noted {
         let mut state = self.lock();
         let what = if ranges.len() > MOST_RANGES {
@@ -321,6 +347,19 @@ mod tests {
         let Err(Error::Refused(failure)) = book.note_tag([0xff; 16]) else { panic!("it was noted") };
         assert_eq!(failure.reason, Reason::Limit);
         assert!(book.note_tag([0; 16]).is_ok(), "the same tag again needs no room");
+    }
+
+    #[test]
+    fn what_is_no_range_is_refused_by_its_index() {
+        let range = |address, length| Range { address, length };
+        let refusal = |ranges: &[Range]| match check(ranges) {
+            Err(Error::Refused(failure)) => (failure.reason, failure.index),
+            other => panic!("not refused: {other:?}"),
+        };
+        assert_eq!(refusal(&[]), (Reason::BadArgument, None));
+        assert_eq!(refusal(&[range(1, 1), range(2, 0)]), (Reason::BadArgument, Some(1)));
+        assert_eq!(refusal(&[range(u64::MAX, 1)]), (Reason::OutOfBounds, Some(0)));
+        assert!(check(&[range(0, u64::MAX), range(u64::MAX - 1, 1)]).is_ok());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::{
     caller::{ANSWER_MARGIN, Caller, Core, STRANGER},
     error::NoReply,
     lease::{Lease, PROOF_LOOK, Verdict},
+    orders::InHand,
     transfer::millis,
 };
 
@@ -30,40 +31,79 @@ pub(crate) struct Order {
     /// The id was minted for it: the daemon cannot know it yet.
     fresh: bool,
     transfer: Transfer,
+    stamp: Stamp,
+    in_hand: InHand,
 }
 
 impl Order {
     pub(crate) fn new(core: &Core, transfer: Transfer) -> Self {
         let fresh = transfer.id.is_none();
-        Self { id: transfer.id.unwrap_or_else(|| core.ids.mint()), fresh, transfer }
+        let id = transfer.id.unwrap_or_else(|| core.ids.mint());
+        let stamp = Stamp { own_epoch: core.revocations.epoch(), target: None };
+        Self { id, fresh, transfer, stamp, in_hand: core.orders.take(id) }
+    }
+}
+
+/// What was known when a transfer was asked for. Whatever is revoked later hits it, on whichever way it comes to a
+/// daemon: overtaken by the revocation, in pieces, or again after a daemon that did not take it.
+#[derive(Debug)]
+struct Stamp {
+    /// The newest answered revocation of the own engine.
+    own_epoch: u64,
+    /// What the first daemon to receive it knew of the target.
+    target: Option<wire::KnownTarget>,
+}
+
+impl Stamp {
+    fn on(&self, message: wire::TransferRequest) -> wire::TransferRequest {
+        let (own_epoch, known_target) = (Some(self.own_epoch), self.target.clone());
+        wire::TransferRequest { own_epoch, known_target, ..message }
+    }
+
+    fn learn(&mut self, reply: &wire::TransferReply) {
+        if self.target.is_none() {
+            self.target.clone_from(&reply.known_target);
+        }
     }
 }
 
 impl Caller {
     /// An error means that nothing was started.
-    pub(crate) async fn transfer(&self, order: Order) -> Result<Report, Error> {
-        let Order { id, fresh, transfer } = order;
-        let mut transfer = transfer;
-        let slices = Arc::new(std::mem::take(&mut transfer.slices));
+    pub(crate) async fn transfer(&self, mut order: Order) -> Result<Report, Error> {
+        let result = self.carry(&mut order).await;
+        if let Ok(report) = &result {
+            order.in_hand.ends_with(report);
+        }
+        result
+    }
+
+    async fn carry(&self, order: &mut Order) -> Result<Report, Error> {
+        let slices = Arc::new(std::mem::take(&mut order.transfer.slices));
         let count = slices.count()?;
-        let give_up = Instant::now() + self.lifetime(&transfer);
+        let give_up = Instant::now() + self.lifetime(&order.transfer);
         loop {
             let lease = self.core.lease();
-            if fresh && lease.ending().is_some() {
+            if order.fresh && lease.ending().is_some() {
                 return Err(self.core.no_daemon(&lease, String::new()));
             }
+            // Under an id of the caller's own it may run already: then its end is the daemon's to tell.
+            if order.fresh && order.in_hand.is_cancelled() {
+                let report = stopped(None, order.id, Reason::Cancelled);
+                return Ok(Report { slices: count as u64, bytes: slices.bytes(), ..report });
+            }
             let report = if count as u64 > lease.limits.slices.max(1) {
-                self.cut(&lease, id, &transfer, &slices).await?
+                self.cut(&lease, order, &slices).await?
             } else {
-                self.one(&lease, id, transfer.header(id), slices.clone()).await?
+                let header = order.transfer.header(order.id);
+                self.one(&lease, order.id, header, slices.clone(), &mut order.stamp).await?
             };
             if !was_drained(&report) || !self.core.returns() || !lease.leaves().await {
                 return Ok(report);
             }
-            if let Some(ended) = self.hold_back(&lease, &report, give_up).await {
+            if let Some(ended) = self.hold_back(&lease, &order.in_hand, &report, give_up).await {
                 return Ok(ended);
             }
-            transfer.deadline = Some(give_up.saturating_duration_since(Instant::now()));
+            order.transfer.deadline = Some(give_up.saturating_duration_since(Instant::now()));
         }
     }
 
@@ -75,8 +115,13 @@ impl Caller {
 
     /// The daemon leaves and has not taken the transfer: waits until the engine is attached again. Otherwise how
     /// the transfer ends instead.
-    async fn hold_back(&self, lease: &Lease, report: &Report, give_up: Instant) -> Option<Report> {
-        let Some(holding) = self.core.held.hold(report.id) else { return Some(report.clone()) };
+    async fn hold_back(
+        &self,
+        lease: &Lease,
+        in_hand: &InHand,
+        report: &Report,
+        give_up: Instant,
+    ) -> Option<Report> {
         let next = async {
             while self.core.returns() {
                 // Woken now and then, because an engine that will not be attached again does not say so here.
@@ -87,11 +132,12 @@ impl Caller {
             Some(report.clone())
         };
         tokio::select! {
-            next = next => next,
-            () = holding.cancelled() => {
+            biased;
+            () = in_hand.cancelled() => {
                 let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
                 Some(Report { outcome: Outcome::Cancelled, failure: Some(failure), ..report.clone() })
             }
+            next = next => next,
             () = time::sleep_until(give_up.into()) => Some(report.clone()),
         }
     }
@@ -103,7 +149,9 @@ impl Caller {
         id: TransferId,
         header: wire::TransferRequest,
         slices: Arc<Slices>,
+        stamp: &mut Stamp,
     ) -> Result<Report, Error> {
+        let header = stamp.on(header);
         let step = lease.limits.chunk_slices.max(1);
         let (count, bytes) = (slices.local.len() as u64, slices.bytes());
         let reply = if count <= step {
@@ -116,7 +164,10 @@ impl Caller {
             self.ask(lease, "TransferStream", rpc).await
         };
         let report = match reply {
-            Ok(reply) => Report::from_wire(id, reply),
+            Ok(reply) => {
+                stamp.learn(&reply);
+                Report::from_wire(id, reply)
+            }
             Err(NoReply::Answered(error)) => return Err(error),
             Err(NoReply::Lost(STRANGER, seen)) => return Err(self.core.no_daemon(lease, seen)),
             Err(NoReply::Lost(..)) => Report { slices: count, bytes, ..lease.verdict().await.report(id) },
@@ -156,40 +207,30 @@ impl Caller {
     }
 
     /// A batch larger than the daemon takes: one transfer after the other, until one does not get done.
-    async fn cut(
-        &self,
-        lease: &Arc<Lease>,
-        id: TransferId,
-        transfer: &Transfer,
-        slices: &Slices,
-    ) -> Result<Report, Error> {
-        let (count, limit) = (slices.local.len(), lease.limits.slices.max(1));
+    async fn cut(&self, lease: &Arc<Lease>, order: &mut Order, slices: &Slices) -> Result<Report, Error> {
+        let (id, count, limit) = (order.id, slices.local.len(), lease.limits.slices.max(1));
         tracing::info!(
             transfer = ?id,
             slices = count,
             limit,
             "more slices than one transfer may have: cut into several"
         );
-        if !self.core.cuts.begin(id) {
+        let Some(cutting) = self.core.cuts.begin(id) else {
             let text = "too many batches that had to be cut are under way";
             return Err(Error::Refused(Failure::new(Reason::Limit, text)));
-        }
-        let result = self.pieces(lease, id, transfer, slices).await;
-        if !matches!(&result, Ok(report) if report.outcome == Outcome::Unsettled) {
-            self.core.cuts.end(id);
+        };
+        let result = self.pieces(lease, order, slices).await;
+        match &result {
+            Ok(report) if report.outcome == Outcome::Unsettled => cutting.stays(),
+            _ => cutting.end(),
         }
         let bytes = slices.bytes();
         result.map(|report| Report { id, slices: count as u64, bytes, ..report })
     }
 
-    async fn pieces(
-        &self,
-        lease: &Arc<Lease>,
-        id: TransferId,
-        transfer: &Transfer,
-        slices: &Slices,
-    ) -> Result<Report, Error> {
-        let (count, limit) = (slices.local.len(), lease.limits.slices.max(1));
+    async fn pieces(&self, lease: &Arc<Lease>, order: &mut Order, slices: &Slices) -> Result<Report, Error> {
+        let Order { id, transfer, stamp, in_hand, .. } = order;
+        let (id, count, limit) = (*id, slices.local.len(), lease.limits.slices.max(1));
         let started = Instant::now();
         let mut whole: Option<Report> = None;
         for (index, range) in batch::ranges(count, limit).enumerate() {
@@ -200,11 +241,13 @@ impl Caller {
                 }
                 Remaining::Nothing => return Ok(stopped(whole, id, Reason::Deadline)),
             };
-            if !self.core.cuts.advance(id, piece) {
+            // Cancelled before the batch was known to be cut, or since.
+            if in_hand.is_cancelled() || !self.core.cuts.advance(id, piece) {
                 return Ok(stopped(whole, id, Reason::Cancelled));
             }
             let first = range.start;
-            let report = match self.one(lease, piece, header, Arc::new(slices.part(range))).await {
+            let part = Arc::new(slices.part(range));
+            let report = match self.one(lease, piece, header, part, stamp).await {
                 Ok(report) => report,
                 // Nothing of the batch was started if nothing of its first piece was.
                 Err(error) if whole.is_none() => return Err(error),
@@ -221,6 +264,30 @@ impl Caller {
 
     /// `Duration::MAX` waits until it is over.
     pub(crate) async fn wait(&self, id: TransferId, timeout: Duration) -> Result<Report, Error> {
+        let begun = Instant::now();
+        loop {
+            let left = match timeout {
+                Duration::MAX => timeout,
+                _ => timeout.saturating_sub(begun.elapsed()),
+            };
+            // Nobody else can tell the end of what a call has in hand.
+            if let Some(mut call) = self.core.orders.find(id) {
+                match time::timeout(left, call.over()).await {
+                    Err(_) => return Err(Error::Timeout(timeout)),
+                    Ok(Some(report)) if report.outcome != Outcome::Unsettled => return Ok(report),
+                    Ok(_) => continue,
+                }
+            }
+            let answer = self.wait_there(id, left).await;
+            // Submitted meanwhile: what was answered is not of that call.
+            if self.core.orders.find(id).is_none() {
+                return answer;
+            }
+        }
+    }
+
+    /// For a transfer that no call has in hand.
+    async fn wait_there(&self, id: TransferId, timeout: Duration) -> Result<Report, Error> {
         const CALL: &str = "Wait";
         if let Some(report) = self.core.unsettled.end_of(id) {
             return Ok(report);

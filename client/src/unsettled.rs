@@ -37,12 +37,14 @@ struct State {
 
 impl Unsettled {
     /// The report of a transfer that the lease's daemon knew as `id`. An UNSETTLED one is remembered, unless the
-    /// proof is there by now: then this is how it ended.
+    /// proof is there by now: then this is how it ended. Of any other this was the end.
     pub(crate) fn note(&self, id: TransferId, lease: &Arc<Lease>, report: Report) -> Report {
+        let mut state = self.lock();
         if report.outcome != Outcome::Unsettled {
+            // It may have waited: this is its one end, and it gets no other when its daemon goes.
+            state.waiting.remove(&id);
             return report;
         }
-        let mut state = self.lock();
         // Under the lock: whoever settles what waits has the proof before it looks here.
         if lease.standing() == Verdict::Exited {
             return Report {
@@ -103,5 +105,23 @@ impl Unsettled {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Failure, Reason, lease::tests::lease};
+
+    #[test]
+    fn a_transfer_ends_once() {
+        let (unsettled, lease, id) = (Unsettled::default(), lease(0), TransferId([1; 16]));
+        let report = |outcome| Report::untold(id, outcome, Failure::new(Reason::Cancelled, ""));
+        for outcome in [Outcome::Done, Outcome::Failed, Outcome::Cancelled] {
+            unsettled.note(id, &lease, report(Outcome::Unsettled));
+            assert!(unsettled.lock().waiting.contains_key(&id));
+            assert_eq!(unsettled.note(id, &lease, report(outcome)).outcome, outcome);
+            assert!(unsettled.lock().waiting.is_empty(), "{outcome:?} would be followed by another end");
+        }
     }
 }

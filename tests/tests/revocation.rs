@@ -263,6 +263,30 @@ fn a8_an_engine_revokes_what_it_has_under_way_itself() {
     }
 }
 
+/// Submitted, and taken back at once: the revocation goes its own way to the daemon, and may be there first.
+#[test]
+fn a8_a_read_that_its_own_revocation_overtakes_lands_nowhere() {
+    let mut scene = Scene::new(Path::Local, 8 * MIB).unwrap();
+    let session = scene.session().to_owned();
+    let moves = megabytes(4);
+    scene.write_and_verify(&session, &moves);
+    let mut hit = 0;
+    for round in 0..50u32 {
+        let read = request(Op::Read, &session, &moves, &scene.initiator.pool, &scene.target.pool);
+        let pending = scene.initiator.engine.submit(read).unwrap();
+        let initiator = &mut scene.initiator;
+        assert_eq!(revoke(&initiator.engine, &initiator.pool, 0..8 * MIB), Settlement::Settled);
+        initiator.pool.hand_over(0..8 * MIB, Stamp { owner: 3, transfer: round });
+        let report = pending.wait().unwrap();
+        if let Some(failure) = &report.failure {
+            assert_reason(failure, &[Reason::Revoked]);
+            hit += 1;
+        }
+        scene.verify("after an engine took back what it was about to read into");
+    }
+    println!("{hit} of 50 were hit");
+}
+
 /// Within a node copies are quick; sooner or later a revocation meets them in every state.
 #[test]
 fn a1_within_a_node_nothing_lands_after_the_answer() {

@@ -7,4 +7,5 @@ mod calls;
 mod fake;
 mod fork;
 mod lost;
+mod orders;
 mod restart;

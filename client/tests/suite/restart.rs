@@ -83,7 +83,13 @@ fn c4_the_engine_comes_back_as_who_it_was() {
     let known: Vec<_> = again.known_peers.iter().map(|peer| peer.session_id.as_str()).collect();
     assert_eq!(known, ["a:1"], "neither whom nobody is pinned to, nor who was reset");
     assert!(fake.registered()[0].regions.is_empty(), "nothing to register, and that is said");
-    let same = wire::AttachRequest { preferred_port: 0, known_peers: Vec::new(), ..again };
+    let nothing = wire::Revocations::default();
+    assert_eq!(
+        (first.revocations.as_ref(), again.revocations.as_ref()),
+        (None, Some(&nothing)),
+        "and it is said"
+    );
+    let same = wire::AttachRequest { preferred_port: 0, known_peers: Vec::new(), revocations: None, ..again };
     assert_eq!(same, first, "key, name, policy and host");
     assert_eq!((engine.boot_id(), engine.session_id()), (NEXT_BOOT, SESSION));
     let report = engine.transfer(transfer(2)).unwrap();
@@ -151,6 +157,70 @@ fn a_region_that_the_next_daemon_refuses_is_told_and_the_others_are_registered()
     assert_eq!(bases, [4096, 12_288]);
     assert_eq!(engine.unregister(&[2]).unwrap(), Settlement::Settled, "no daemon has it any more");
     assert!(fake.unregistered().is_empty());
+}
+
+/// I6: while a daemon registers everything again it may have what is unregistered already. Only its own word, or its
+/// end, is proof.
+#[test]
+fn i6_what_is_unregistered_while_it_is_registered_again_is_unsettled_until_that_daemon_let_go() {
+    let mut fake = unwatched();
+    let engine = attach(&fake);
+    let events = engine.events();
+    let at = |address| Memory::Process { address, length: 5 };
+    engine.register(&[at(4096), at(8192)]).unwrap();
+    fake.number_regions_from(40);
+    // It takes the registration, and does not answer yet.
+    fake.answer(Answer::Later);
+    let next = fake.next_boot(|_| {});
+    fake.restart(next);
+    fake.await_registrations(2);
+    for _ in 0..2 {
+        assert_eq!(engine.unregister(&[1]).unwrap(), Settlement::Unsettled);
+    }
+    assert!(fake.unregistered().is_empty());
+    fake.answer(Answer::Good);
+    reattached(&events);
+    fake.await_unregistrations(1);
+    assert_eq!(fake.unregistered()[0].region_ids, [41], "what this daemon calls it");
+    assert_eq!(engine.unregister(&[1]).unwrap(), Settlement::Settled);
+    assert_eq!(engine.unregister(&[2]).unwrap(), Settlement::Settled);
+    assert_eq!(fake.unregistered().last().unwrap().region_ids, [42]);
+}
+
+/// I6: the daemon that has our memory was not seen to exit, and no other has attached us.
+#[test]
+fn i6_nothing_is_settled_before_another_daemon_has_attached_the_engine() {
+    let mut fake = unwatched();
+    let engine = attach(&fake);
+    let events = engine.events();
+    engine.register(&[Memory::Process { address: 4096, length: 5 }]).unwrap();
+    fake.restart(First::Silence);
+    fake.await_attaches(2);
+    match engine.unregister(&[1]) {
+        Err(Error::NoDaemon { .. }) => {}
+        other => panic!("nothing is proven, and nobody was asked: {other:?}"),
+    }
+    let next = fake.next_boot(|_| {});
+    fake.restart(next);
+    reattached(&events);
+    let bases: Vec<_> = fake.registered().last().unwrap().regions.iter().map(|spec| spec.base).collect();
+    assert_eq!(bases, [4096], "the caller was not told that it is unregistered");
+}
+
+/// What a descriptor or a registration meets, the next attempt may not.
+#[test]
+fn only_the_refusal_to_attach_is_final() {
+    let mut fake = unwatched();
+    let engine = attach(&fake);
+    let events = engine.events();
+    engine.register(&[Memory::Process { address: 4096, length: 5 }]).unwrap();
+    fake.answer(Answer::Status(Code::PermissionDenied, Some(Reason::Unauthorised as i32)));
+    let next = fake.next_boot(|_| {});
+    fake.restart(next);
+    fake.await_attaches(4);
+    fake.answer(Answer::Good);
+    reattached(&events);
+    assert_eq!(engine.unregister(&[1]).unwrap(), Settlement::Settled);
 }
 
 /// A10: UNSETTLED while nothing is proven, and an end as soon as the next daemon is the proof.

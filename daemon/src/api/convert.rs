@@ -168,6 +168,11 @@ pub(super) fn order(request: wire::TransferRequest) -> Result<TransferOrder, Bad
     })
 }
 
+/// Who was known at a target, and their newest revocation.
+pub(super) fn known_target(target: &wire::KnownTarget) -> Result<(Incarnation, Epoch), BadField> {
+    Ok((Incarnation(bytes("known_target.incarnation", &target.incarnation)?), Epoch(target.epoch)))
+}
+
 /// A year: keeps deadlines away from the end of the clock.
 const MAX_DEADLINE_MS: u64 = 365 * 24 * 3600 * 1000;
 
@@ -264,6 +269,7 @@ pub(super) fn report(report: &Report) -> wire::TransferReply {
             total_us: micros(timings.queued + timings.moving + timings.settling),
         }),
         bytes_resent: report.bytes_resent,
+        known_target: None,
     }
 }
 

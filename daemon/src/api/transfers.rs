@@ -9,8 +9,9 @@ use tonic::{Status, Streaming};
 
 use super::{convert, refusal::status};
 use crate::{
-    domain::{Failure, Outcome, PeerHalf, Reason, Report, SessionId, TransferId},
+    domain::{Epoch, Failure, Outcome, PeerHalf, Reason, Report, SessionId, TransferId},
     engine::{Arrival, Engine, Node, TransferOrder},
+    session::Known,
     transfer::{log::Verdict, run::Request},
 };
 
@@ -30,9 +31,23 @@ pub(super) async fn transfer(
         let failure = Failure::new(Reason::BadArgument, "more: chunks are taken on TransferStream only");
         return Err(status(&failure));
     }
+    let arrival = arrival(engine, &request)?;
     let order = convert::order(request)?;
-    let arrival = engine.arrival(&order.session);
-    Ok(convert::report(&run(node, engine, order, arrival).await))
+    let report = run(node, engine, order, arrival).await;
+    Ok(reply(&report, arrival))
+}
+
+/// What is known as this moment, but nothing that came after what the engine brings along.
+fn arrival(engine: &Engine, request: &wire::TransferRequest) -> Result<Arrival, Status> {
+    let known = request.known_target.as_ref().map(convert::known_target).transpose()?;
+    let here = engine.arrival(&SessionId::new(request.session_id.as_str()));
+    Ok(here.not_after(request.own_epoch.map(Epoch), known))
+}
+
+/// With what it was judged by, for whoever submits the transfer again.
+fn reply(report: &Report, arrival: Arrival) -> wire::TransferReply {
+    let known = |(who, epoch): Known| wire::KnownTarget { incarnation: who.0.to_vec(), epoch: epoch.0 };
+    wire::TransferReply { known_target: arrival.known().map(known), ..convert::report(report) }
 }
 
 /// Runs or joins the transfer, and waits for its end or for UNSETTLED.
@@ -166,7 +181,7 @@ impl Calls {
     fn take(&mut self, request: wire::TransferRequest) -> Result<(), Status> {
         let (arrival, whole) = match self.incomplete.remove(&request.transfer_id) {
             Some((arrival, begun)) => (arrival, join(begun, request)),
-            None => (self.engine.arrival(&SessionId::new(request.session_id.as_str())), request),
+            None => (arrival(&self.engine, &request)?, request),
         };
         self.check_size(&whole)?;
         if whole.more {
@@ -181,7 +196,7 @@ impl Calls {
         let (node, engine, replies) = (self.node.clone(), self.engine.clone(), self.replies.clone());
         self.running.spawn(async move {
             let report = run(&node, &engine, order, arrival).await;
-            let _ = replies.send(Ok(convert::report(&report))).await;
+            let _ = replies.send(Ok(reply(&report, arrival))).await;
         });
         Ok(())
     }

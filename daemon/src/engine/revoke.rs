@@ -42,6 +42,25 @@ pub struct Arrival {
     pub(super) own_epoch: Epoch,
 }
 
+impl Arrival {
+    /// Whatever the engine brings along binds it: its transfer may have been overtaken on its way here, or have been
+    /// received before, by this daemon or its predecessor. It cannot claim to know more than this daemon does.
+    #[must_use]
+    pub fn not_after(self, own_epoch: Option<Epoch>, known: Option<Known>) -> Self {
+        let own_epoch = own_epoch.map_or(self.own_epoch, |told| told.min(self.own_epoch));
+        let known = match (known, self.known) {
+            (Some((who, then)), Some((here, now))) if who == here => Some((who, then.min(now))),
+            (told, here) => told.or(here),
+        };
+        Self { known, own_epoch }
+    }
+
+    /// Who lives at the target's endpoint, and the newest revocation of theirs.
+    pub fn known(&self) -> Option<Known> {
+        self.known
+    }
+}
+
 impl Engine {
     /// Revokes, and waits for the proof, but no longer than `settle`.
     ///
@@ -110,4 +129,24 @@ fn alone(epoch: Epoch, what: Revocation) -> Result<Revocations, Failure> {
     }
     let limits = RevocationLimits::ranges(list.ranges.len());
     Revocations::restore(limits, list, std::time::Instant::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Incarnation;
+
+    #[test]
+    fn what_an_engine_brings_along_binds_it_and_gives_it_nothing() {
+        let (bob, eve) = (Incarnation([1; 32]), Incarnation([2; 32]));
+        let here = Arrival { known: Some((bob, Epoch(5))), own_epoch: Epoch(7) };
+        assert_eq!(here.not_after(None, None), here);
+        for (told, own, known) in [(3, 3, 3), (6, 6, 5), (90, 7, 5)] {
+            let arrival = here.not_after(Some(Epoch(told)), Some((bob, Epoch(told))));
+            assert_eq!(arrival, Arrival { known: Some((bob, Epoch(known))), own_epoch: Epoch(own) });
+        }
+        let meant_for = |arrival: Arrival| arrival.not_after(None, Some((eve, Epoch(2)))).known;
+        assert_eq!(meant_for(here), Some((eve, Epoch(2))), "it was meant for somebody else");
+        assert_eq!(meant_for(Arrival { known: None, ..here }), Some((eve, Epoch(2))));
+    }
 }

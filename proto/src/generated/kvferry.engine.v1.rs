@@ -287,6 +287,23 @@ pub struct TransferRequest {
     /// TransferStream only: more chunks of this id follow. Chunks carry slices alone.
     #[prost(bool, tag = "10")]
     pub more: bool,
+    /// The newest epoch of the caller's own revocations that it had an answer for when it asked for the transfer: a
+    /// revocation may overtake the transfer on its way to the daemon. Not given: the epoch at receipt.
+    #[prost(uint64, optional, tag = "11")]
+    pub own_epoch: ::core::option::Option<u64>,
+    /// Of a transfer that is submitted again or in pieces: what the first reply said. The older knowledge binds.
+    #[prost(message, optional, tag = "12")]
+    pub known_target: ::core::option::Option<KnownTarget>,
+}
+/// What was known of a target when a transfer to it was received.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KnownTarget {
+    /// 32 bytes: who was there.
+    #[prost(bytes = "vec", tag = "1")]
+    pub incarnation: ::prost::alloc::vec::Vec<u8>,
+    /// Their newest revocation epoch.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
 }
 /// Packed columns. `local` and `remote` have equal length; `lengths` too, unless `length` is set for all.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -357,6 +374,9 @@ pub struct TransferReply {
     /// Payload bytes handed to the path more than once.
     #[prost(uint64, tag = "13")]
     pub bytes_resent: u64,
+    /// What was known of the target when this was received, if anybody had been met there.
+    #[prost(message, optional, tag = "14")]
+    pub known_target: ::core::option::Option<KnownTarget>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Timings {

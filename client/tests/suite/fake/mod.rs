@@ -68,6 +68,14 @@ struct State {
     lease: Option<mpsc::Sender<Result<wire::EngineEvent, Status>>>,
     answer: Answer,
     fd_reason: u16,
+    /// Of the latest revocation.
+    epoch: u64,
+    /// Cancellations to come of transfers that are not here yet.
+    unknown_cancels: u32,
+    /// What replies to transfers say.
+    known_target: Option<wire::KnownTarget>,
+    /// To transfers.
+    replies: usize,
 }
 
 /// A descriptor as it came over the fd socket.
@@ -178,6 +186,22 @@ impl Fake {
         self.shared.update(|state| state.answer = answer);
     }
 
+    /// The next cancellations come before the transfers that they name.
+    pub(crate) fn overtake_by_cancels(&self, count: u32) {
+        self.shared.update(|state| state.unknown_cancels = count);
+    }
+
+    /// Whether all of those have come.
+    pub(crate) fn await_overtaking(&self) {
+        self.await_count(1, |state| usize::from(state.unknown_cancels == 0));
+    }
+
+    /// What the daemon knows of every target.
+    pub(crate) fn know(&self, incarnation: u8, epoch: u64) {
+        let known = wire::KnownTarget { incarnation: vec![incarnation; 32], epoch };
+        self.shared.update(|state| state.known_target = Some(known));
+    }
+
     pub(crate) fn refuse_files(&self, reason: u16) {
         self.shared.update(|state| state.fd_reason = reason);
     }
@@ -262,6 +286,21 @@ impl Fake {
     /// Blocks until the daemon has so many cancellations.
     pub(crate) fn await_cancels(&self, count: usize) {
         self.await_count(count, |state| state.cancels.len());
+    }
+
+    /// Blocks until the daemon has made so many replies to transfers.
+    pub(crate) fn await_replies(&self, count: usize) {
+        self.await_count(count, |state| state.replies);
+    }
+
+    /// Blocks until the daemon has so many registrations.
+    pub(crate) fn await_registrations(&self, count: usize) {
+        self.await_count(count, |state| state.registered.len());
+    }
+
+    /// Blocks until the daemon has so many unregistrations.
+    pub(crate) fn await_unregistrations(&self, count: usize) {
+        self.await_count(count, |state| state.unregistered.len());
     }
 
     fn await_count(&self, count: usize, arrived: impl Fn(&State) -> usize) {

@@ -92,6 +92,14 @@ impl Service {
         }
     }
 
+    fn revoked(&self, failure: Option<types::Failure>) -> Response<wire::SettleReply> {
+        let epoch = self.shared.update(|state| {
+            state.epoch += 1;
+            state.epoch
+        });
+        settled(failure).map(|reply| wire::SettleReply { epoch, ..reply })
+    }
+
     fn reply(&self, id: Vec<u8>, slices: u64, failure: Option<types::Failure>) -> wire::TransferReply {
         let outcome = match self.shared.update(|state| state.answer.clone()) {
             Answer::Outcome(outcome) => outcome,
@@ -110,6 +118,10 @@ impl Service {
             bytes: slices * 100,
             bytes_done: done * 100,
             attempts: 0,
+            known_target: self.shared.update(|state| {
+                state.replies += 1;
+                state.known_target.clone()
+            }),
             path: if sent { types::Path::Tcp } else { types::Path::Unspecified }.into(),
             timings: Some(wire::Timings { total_us: 10, ..Default::default() }),
             ..Default::default()
@@ -222,6 +234,14 @@ impl Engine for Service {
         &self,
         request: Request<wire::CancelRequest>,
     ) -> Result<Response<wire::SettleReply>, Status> {
+        let unknown = self.shared.update(|state| {
+            let unknown = state.unknown_cancels > 0;
+            state.unknown_cancels -= u32::from(unknown);
+            unknown
+        });
+        if unknown {
+            return Err(status(Code::InvalidArgument, Some(types::Reason::BadArgument.into())));
+        }
         self.told("Cancel", request, |state, message| state.cancels.push(message.transfer_id.clone()))
             .await
             .map(|(_, failure)| settled(failure))
@@ -271,15 +291,18 @@ impl Engine for Service {
         Err(Status::unimplemented("the client library does not ask this"))
     }
 
-    async fn revoke(&self, _: Request<wire::RevokeRequest>) -> Result<Response<wire::SettleReply>, Status> {
-        Err(Status::unimplemented("the client library does not ask this"))
+    async fn revoke(
+        &self,
+        request: Request<wire::RevokeRequest>,
+    ) -> Result<Response<wire::SettleReply>, Status> {
+        self.told("Revoke", request, |_, _| {}).await.map(|(_, failure)| self.revoked(failure))
     }
 
     async fn revoke_tag(
         &self,
-        _: Request<wire::RevokeTagRequest>,
+        request: Request<wire::RevokeTagRequest>,
     ) -> Result<Response<wire::SettleReply>, Status> {
-        Err(Status::unimplemented("the client library does not ask this"))
+        self.told("RevokeTag", request, |_, _| {}).await.map(|(_, failure)| self.revoked(failure))
     }
 }
 

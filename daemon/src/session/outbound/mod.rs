@@ -214,6 +214,8 @@ impl Outbound {
             (Some((who, epoch)), Some(peer)) if who == peer.incarnation => Some(epoch),
             // Nobody was ever met there when the call arrived: it is admitted now.
             (None, Some(peer)) => Some(peer.epoch),
+            // Nobody was met yet: it waits for whom it was meant for, under what was known of them.
+            (Some((who, epoch)), None) => return Run::new(admitted, Some(who), Some(epoch)),
             _ => None,
         };
         Run::new(admitted, self.met(), admit_epoch)

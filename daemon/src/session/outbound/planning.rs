@@ -18,7 +18,9 @@ impl Outbound {
     /// Asks for a plan if the target's table is known; otherwise the opening of the session will.
     pub(super) fn plan(&mut self, run: &mut Run) {
         let Some(peer) = self.peer.as_ref().filter(|_| self.link.is_up()) else { return };
-        let admit_epoch = *run.admit_epoch.get_or_insert(peer.epoch);
+        // Nobody knows more than the peer has said, whatever an engine brings along.
+        let admit_epoch = run.admit_epoch.map_or(peer.epoch, |epoch| epoch.min(peer.epoch));
+        run.admit_epoch = Some(admit_epoch);
         run.expects = Some(peer.incarnation);
         let table = peer.table.clone();
         let (transfer, request, op) = (run.admitted.id, run.admitted.request.clone(), run.admitted.op);
