@@ -114,8 +114,8 @@ fn a_socket_we_may_not_use_is_told_apart() {
 fn anything_but_attached_at_first_is_an_error() {
     let draining = wire::engine_event::Event::Draining(wire::Draining { grace_ms: 1 });
     for first in [
-        First::Other(wire::EngineEvent { event: Some(draining) }),
-        First::Other(wire::EngineEvent { event: None }),
+        First::Other(Box::new(wire::EngineEvent { event: Some(draining) })),
+        First::Other(Box::new(wire::EngineEvent { event: None })),
         First::Ends,
     ] {
         let fake = Fake::with_first(first);

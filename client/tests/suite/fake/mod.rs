@@ -43,7 +43,7 @@ pub(crate) enum Answer {
 #[derive(Clone)]
 pub(crate) enum First {
     Attached(Box<wire::Attached>),
-    Other(wire::EngineEvent),
+    Other(Box<wire::EngineEvent>),
     Ends,
     Silence,
     Status(Code, Option<i32>),

@@ -146,7 +146,7 @@ impl Engine for Service {
                 let event = Some(wire::engine_event::Event::Attached(*attached));
                 sender.try_send(Ok(wire::EngineEvent { event })).unwrap();
             }
-            First::Other(event) => sender.try_send(Ok(event)).unwrap(),
+            First::Other(event) => sender.try_send(Ok(*event)).unwrap(),
             First::Ends => return Ok(Response::new(Box::pin(tokio_stream::empty()))),
             First::Silence => {}
             First::Status(code, reason) => return Err(status(code, reason)),
