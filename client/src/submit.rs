@@ -89,7 +89,10 @@ impl Caller {
             // Under an id of the caller's own it may run already: then its end is the daemon's to tell.
             if order.fresh && order.in_hand.is_cancelled() {
                 let report = stopped(None, order.id, Reason::Cancelled);
-                return Ok(Report { slices: count as u64, bytes: slices.bytes(), ..report });
+                let report = Report { slices: count as u64, bytes: slices.bytes(), ..report };
+                // No daemon has heard of it: whoever asks later is told here.
+                self.core.unsettled.ended(report.clone());
+                return Ok(report);
             }
             let report = if count as u64 > lease.limits.slices.max(1) {
                 self.cut(&lease, order, &slices).await?
@@ -101,6 +104,7 @@ impl Caller {
                 return Ok(report);
             }
             if let Some(ended) = self.hold_back(&lease, &order.in_hand, &report, give_up).await {
+                self.core.unsettled.ended(ended.clone());
                 return Ok(ended);
             }
             order.transfer.deadline = Some(give_up.saturating_duration_since(Instant::now()));

@@ -30,7 +30,7 @@ use crate::{
     peer::{
         Context, Listening, Timing,
         endpoint::{Admission, Endpoint},
-        target::Target,
+        target::{Target, Terms},
     },
     policy::{HealthPolicy, RetryPolicy, RevocationLimits, RevocationList, Revocations},
     session::{identity, inbound::Inbound, outbound, outbound::Pin},
@@ -178,16 +178,15 @@ impl Node {
             session_id(request.advertise_host.unwrap_or_else(|| config.endpoint.advertised()), port);
         let timing = Timing { heartbeat: config.session.heartbeat(), silence: config.session.silence() };
         let inbound = Inbound::new(memory.clone(), resources.carriers.clone(), config.limits.sessions);
-        let target = Target::new(
-            resources.boot,
-            request.key.clone(),
-            identity::capabilities(&allowed),
-            inbound.clone(),
+        let terms = Terms {
+            boot: resources.boot,
+            key: request.key.clone(),
+            capabilities: identity::capabilities(&allowed),
+            secret: resources.secret.clone(),
             timing,
-            config.endpoint.handshake_timeout(),
-            resources.secret.clone(),
-            resources.metrics.clone(),
-        );
+            handshake: config.endpoint.handshake_timeout(),
+        };
+        let target = Target::new(terms, inbound.clone(), resources.metrics.clone());
         let events = Arc::new(EventQueue::default());
         let log_limits = LogLimits { active: config.limits.transfers, finished: config.limits.finished };
         let log = TransferLog::new(log_limits);

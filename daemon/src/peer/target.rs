@@ -36,23 +36,29 @@ const OUTGOING: usize = 256;
 /// Fences and stops of one session under way at once.
 const MAX_JOBS: usize = 4096;
 
-/// What an endpoint is the target of.
+/// Who an endpoint is, and under which terms it takes sessions.
 #[derive(Debug)]
-pub struct Target {
+pub struct Terms {
     /// This daemon's run.
     pub boot: BootId,
     /// The engine's key: proves who is here.
     pub key: SigningKey,
     /// What this daemon can do.
     pub capabilities: Vec<String>,
-    /// Its sessions.
-    pub inbound: Arc<Inbound>,
+    /// What initiators' daemons must know too, if anything.
+    pub secret: Option<Secret>,
     /// Beats.
     pub timing: Timing,
     /// For a handshake.
     pub handshake: Duration,
-    /// What initiators' daemons must know too, if anything.
-    pub secret: Option<Secret>,
+}
+
+/// What an endpoint is the target of.
+#[derive(Debug)]
+pub struct Target {
+    terms: Terms,
+    /// Its sessions.
+    inbound: Arc<Inbound>,
     /// Set once: sessions end with this, and no new one is taken.
     closing: watch::Sender<Option<Failure>>,
     metrics: Arc<Metrics>,
@@ -60,18 +66,8 @@ pub struct Target {
 
 impl Target {
     /// Takes sessions from now on.
-    pub fn new(
-        boot: BootId,
-        key: SigningKey,
-        capabilities: Vec<String>,
-        inbound: Arc<Inbound>,
-        timing: Timing,
-        handshake: Duration,
-        secret: Option<Secret>,
-        metrics: Arc<Metrics>,
-    ) -> Arc<Self> {
-        let closing = watch::Sender::new(None);
-        Arc::new(Self { boot, key, capabilities, inbound, timing, handshake, secret, closing, metrics })
+    pub fn new(terms: Terms, inbound: Arc<Inbound>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { terms, inbound, closing: watch::Sender::new(None), metrics })
     }
 
     /// Ends all sessions with this failure; peers are told.
@@ -133,7 +129,7 @@ struct Conversation {
 impl Conversation {
     async fn run(mut self) {
         let silent = |_| Err(Failure::new(Reason::ConnectTimeout, "the handshake was not completed in time"));
-        let handshake = self.target.handshake;
+        let handshake = self.target.terms.handshake;
         let met = tokio::time::timeout(handshake, self.shake_hands()).await.unwrap_or_else(silent);
         match met {
             Ok(session) => {
@@ -174,7 +170,7 @@ impl Conversation {
 
     /// Challenge and Confirm.
     async fn prove(&mut self, open: &Open) -> Result<(), Failure> {
-        let own = identity::incarnation(&self.target.key);
+        let own = identity::incarnation(&self.target.terms.key);
         if let Some(expected) = open.expected.filter(|expected| *expected != own) {
             let message = format!("engine {own} lives here, not {expected}");
             return Err(Failure::new(Reason::PeerRestarted, message));
@@ -182,14 +178,14 @@ impl Conversation {
         let challenge = Challenge {
             protocol: PROTOCOL.agree(open.protocol)?,
             nonce: Incarnation::random().0,
-            boot: self.target.boot,
+            boot: self.target.terms.boot,
             incarnation: own,
-            capabilities: self.target.capabilities.clone(),
+            capabilities: self.target.terms.capabilities.clone(),
         };
         let transcript = Transcript::new(open, &challenge);
-        let signature = transcript.sign(Role::Target, &self.target.key);
+        let signature = transcript.sign(Role::Target, &self.target.terms.key);
         let target = self.target.clone();
-        let secret = target.secret.as_ref();
+        let secret = target.terms.secret.as_ref();
         let proof = secret.map_or_else(Vec::new, |secret| secret.prove(Role::Target, &transcript).to_vec());
         self.say(ToInitiator::Challenge(convert::challenge_out(&challenge, &signature, proof))).await?;
         let FromInitiator::Confirm(confirm) = self.hear().await? else { return Err(out_of_turn("Confirm")) };
@@ -202,7 +198,7 @@ impl Conversation {
         let mut changes = self.target.inbound.memory().changes();
         let closing = self.closing.clone();
         let mut jobs = JoinSet::new();
-        let timing = self.target.timing;
+        let timing = self.target.terms.timing;
         let mut beat = tokio::time::interval(timing.heartbeat);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut life = Life::new();
@@ -339,7 +335,7 @@ impl Conversation {
     /// An initiator that takes no message for the silence limit is gone.
     async fn say(&self, message: ToInitiator) -> Result<(), Failure> {
         let message = Ok(wire::ToInitiator { message: Some(message) });
-        match tokio::time::timeout(self.target.timing.silence, self.to_initiator.send(message)).await {
+        match tokio::time::timeout(self.target.terms.timing.silence, self.to_initiator.send(message)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(Failure::plain(Reason::ConnectionLost)),
             Err(_) => Err(Failure::plain(Reason::PeerSilent)),

@@ -203,8 +203,8 @@ impl Outbound {
     /// The call arrived for an engine that this session does not lead to any more: its addresses are not for
     /// whoever is there since (I4).
     fn too_late(&self, admitted: &Admitted) -> Option<Failure> {
-        let (meant, _) = admitted.known?;
-        let another = self.known().is_none_or(|(who, _)| who != meant);
+        let ((meant, _), peer) = (admitted.known?, self.peer.as_ref()?);
+        let another = self.accepts_anyone || peer.incarnation != meant;
         let message = format!("the call was made for engine {meant}, before the session was reset");
         another.then(|| Failure::new(Reason::PeerRestarted, message))
     }
