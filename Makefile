@@ -22,7 +22,7 @@ demo: ## two daemons, real engine processes, every byte checked (about a minute 
 	@$(MAKE) --no-print-directory release
 	$(KVFERRY) demo $(ARGS)
 
-test: ## formatting, lints, every test, the docs (at most 10 minutes)
+test: ## formatting, lints, every test, the docs (about 12 minutes from a fresh clone on two cores)
 	@tests/prepare.sh test
 	@$(MAKE) --no-print-directory lint
 	@# The tests of whole daemons run the binaries as processes of their own. All targets in one go, so that
