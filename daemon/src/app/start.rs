@@ -1,6 +1,10 @@
 //! Start: bind first, then serve.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{sync::watch, task::JoinSet};
 
@@ -123,7 +127,8 @@ fn resources(
     let registrar = Registrar::start(&lock, driver, REGISTRAR_QUEUE).map_err(internal("the registrar"))?;
     let sampled = registrar.clone();
     let metrics = Metrics::new(move || sample(&sampled));
-    let carriers = Carriers::start(config.tcp.threads).map_err(internal("the lane threads"))?;
+    let spin = Duration::from_micros(config.tcp.spin_us);
+    let carriers = Carriers::start(config.tcp.threads, spin).map_err(internal("the lane threads"))?;
     let copies = CopyPool::start(config.local.threads).map_err(internal("the copy threads"))?;
     let ports = PortSettings {
         bind: config.endpoint.bind_host,

@@ -171,6 +171,8 @@ section! {
         threads: usize = 2,
         /// Parts in flight on a lane.
         window_parts: usize = 32,
+        /// The longest that a lane's thread looks for work before it sleeps, in microseconds.
+        spin_us: u64 = 200,
     }
 }
 

@@ -7,6 +7,7 @@
 mod ending;
 pub mod local;
 mod part;
+mod spin;
 pub mod tcp;
 #[cfg(test)]
 mod testing;

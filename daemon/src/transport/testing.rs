@@ -29,6 +29,9 @@ use crate::{
 /// No test waits longer for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long lane threads look for work: as in production.
+pub(crate) const SPIN: Duration = Duration::from_micros(200);
+
 /// An engine's address space begins here; regions lie far apart.
 const BASE: u64 = 0x10_0000_0000;
 

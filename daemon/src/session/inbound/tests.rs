@@ -30,7 +30,7 @@ impl Place {
             Registrar::start(&policy, Arc::new(SystemDriver::default()), 10).expect("a registrar");
         let quota = Quota { regions: 1, bytes: 1, layouts: 1 };
         let memory = EngineMemory::new(registrar, quota, Some(own_memory()));
-        let carriers = Arc::new(Carriers::start(1).expect("a thread"));
+        let carriers = Arc::new(Carriers::start(1, Duration::ZERO).expect("a thread"));
         Self { inbound: Inbound::new(memory, carriers.clone(), limit), carriers }
     }
 

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     domain::{Failure, Reason},
-    transport::ending::Ending,
+    transport::{ending::Ending, spin::Spin},
 };
 
 /// How often lanes that hold leases look at the rules although their sockets do not move.
@@ -55,6 +55,7 @@ pub(super) struct Carrier {
     commands: VecDeque<Command>,
     bounce: Box<[u8]>,
     reviewed: Instant,
+    spin: Spin,
 }
 
 /// Tells the process when the thread is gone, by whatever way.
@@ -74,7 +75,7 @@ impl Drop for Farewell {
 }
 
 impl Carrier {
-    pub(super) fn new(inbox: Arc<Inbox>) -> io::Result<Self> {
+    pub(super) fn new(inbox: Arc<Inbox>, most_spin: Duration) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, inbox.bell(), epoll::EventData::new_u64(INBOX_KEY), flags)?;
@@ -85,6 +86,7 @@ impl Carrier {
             commands: VecDeque::new(),
             bounce: vec![0; BOUNCE_BYTES].into_boxed_slice(),
             reviewed: Instant::now(),
+            spin: Spin::new(most_spin),
         })
     }
 
@@ -113,7 +115,7 @@ impl Carrier {
             return Ok(false);
         }
         let mut events = Vec::with_capacity(EVENTS_AT_ONCE);
-        self.wait(&mut events, Some(Duration::ZERO))?;
+        self.poll(&mut events, Some(Duration::ZERO))?;
         let ready = events.iter().any(|event| event.data.u64() != INBOX_KEY);
         self.turns(&mut events);
         Ok(ready)
@@ -166,15 +168,39 @@ impl Carrier {
         true
     }
 
-    /// For so long, which is less than a second, or for as long as it takes.
+    /// Until a socket is ready or the inbox holds something, for `limit` at most: looks a while, then sleeps.
     fn wait(&mut self, events: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
+        let idle = Instant::now();
+        if self.watch(events, idle)? || !self.inbox.doze() {
+            return Ok(());
+        }
+        self.poll(events, limit)?;
+        self.inbox.awake();
+        self.spin.slept(idle.elapsed());
+        Ok(())
+    }
+
+    /// Looks for as long as [`Spin`] says and lets other threads run between two looks. True when there is
+    /// something to do.
+    fn watch(&self, events: &mut Vec<epoll::Event>, since: Instant) -> io::Result<bool> {
+        let window = self.spin.window();
+        while since.elapsed() < window {
+            self.poll(events, Some(Duration::ZERO))?;
+            if !events.is_empty() || !self.inbox.is_empty() {
+                return Ok(true);
+            }
+            rustix::thread::sched_yield();
+        }
+        Ok(false)
+    }
+
+    /// For so long, which is less than a second, or for as long as it takes.
+    fn poll(&self, events: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
         let timeout = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() });
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
         }
-        self.inbox.awake();
-        Ok(())
     }
 
     fn add(&mut self, lane: NewLane) {

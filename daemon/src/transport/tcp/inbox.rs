@@ -78,11 +78,21 @@ impl Inbox {
         }
     }
 
-    /// Takes all commands. Where there are none the thread counts as asleep from now on.
+    /// Takes all commands, in exchange for an empty queue.
     pub(super) fn take(&self, into: &mut VecDeque<Command>) {
+        mem::swap(&mut self.state().commands, into);
+    }
+
+    /// Whether there is anything to take.
+    pub(super) fn is_empty(&self) -> bool {
+        self.state().commands.is_empty()
+    }
+
+    /// The thread counts as asleep from now on, unless there is something to take: then false.
+    pub(super) fn doze(&self) -> bool {
         let mut state = self.state();
-        mem::swap(&mut state.commands, into);
-        state.asleep = into.is_empty();
+        state.asleep = state.commands.is_empty();
+        state.asleep
     }
 
     /// The thread is awake and will look by itself.

@@ -47,6 +47,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 pub use by_hand::HandCarrier;
@@ -139,9 +140,11 @@ struct Thread {
 }
 
 impl Carriers {
-    /// Starts so many threads, named `lane-0` and up; at least one.
-    pub fn start(threads: usize) -> std::io::Result<Self> {
-        let threads = (0..threads.max(1)).map(Thread::start).collect::<std::io::Result<_>>()?;
+    /// Starts so many threads, named `lane-0` and up; at least one. While work is dense they look for more of
+    /// it for up to `spin` before they sleep.
+    pub fn start(threads: usize, spin: Duration) -> std::io::Result<Self> {
+        let threads =
+            (0..threads.max(1)).map(|number| Thread::start(number, spin)).collect::<std::io::Result<_>>()?;
         Ok(Self { threads, next_key: AtomicU64::new(1) })
     }
 
@@ -151,7 +154,7 @@ impl Carriers {
         let inbox = Arc::new(Inbox::new()?);
         let alive = Arc::new(AtomicBool::new(true));
         let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
-        let hand = HandCarrier::new(Carrier::new(inbox.clone())?, farewell);
+        let hand = HandCarrier::new(Carrier::new(inbox.clone(), Duration::ZERO)?, farewell);
         let thread = Thread { inbox, lanes: Arc::default(), alive, handle: None };
         Ok((Self { threads: vec![thread], next_key: AtomicU64::new(1) }, hand))
     }
@@ -216,10 +219,10 @@ impl Drop for Carriers {
 }
 
 impl Thread {
-    fn start(number: usize) -> std::io::Result<Self> {
+    fn start(number: usize, spin: Duration) -> std::io::Result<Self> {
         let inbox = Arc::new(Inbox::new()?);
         let alive = Arc::new(AtomicBool::new(true));
-        let carrier = Carrier::new(inbox.clone())?;
+        let carrier = Carrier::new(inbox.clone(), spin)?;
         let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
         let serve = move || {
             let _farewell = farewell;

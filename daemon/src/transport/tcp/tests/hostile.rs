@@ -8,7 +8,7 @@ use crate::{
 
 /// A target's end that gets these bytes as its first.
 fn target_hears(kind: LaneKind, bytes: impl FnOnce(&Target) -> Vec<u8>) -> Failure {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (mut peer, there) = connection();
     let target = Target::start(&carriers, kind, there);
     let bytes = bytes(&target);
@@ -21,7 +21,7 @@ fn target_hears(kind: LaneKind, bytes: impl FnOnce(&Target) -> Vec<u8>) -> Failu
 
 /// An initiator's end that has asked for one part and gets these bytes as its answer.
 fn initiator_hears(kind: LaneKind, bytes: &[u8]) -> Failure {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (here, mut peer) = connection();
     let initiator = Initiator::start(&carriers, kind, here);
     let region = initiator.engine.shared(4096);
@@ -69,7 +69,7 @@ fn a_gap_ends_the_lane() {
 
 #[test]
 fn a_replayed_part_is_not_applied_again() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (mut peer, there) = connection();
     let target = Target::start(&carriers, LaneKind::Write, there);
     let region = target.engine.shared(4096);
@@ -104,7 +104,7 @@ fn data_that_was_not_asked_for_ends_the_lane() {
 /// I2: what the target says of a lane that broke off is exact.
 #[test]
 fn a_cut_in_the_middle_of_payload_counts_only_whole_parts() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (mut peer, there) = connection();
     let target = Target::start(&carriers, LaneKind::Write, there);
     let region = target.engine.shared(4096);
@@ -128,7 +128,7 @@ fn a_cut_in_the_middle_of_payload_counts_only_whole_parts() {
 /// A target that does not acknowledge holds the initiator to the window.
 #[test]
 fn an_initiator_keeps_within_the_window() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (here, mut peer) = connection();
     let initiator = Initiator::start(&carriers, LaneKind::Write, here);
     let region = initiator.engine.shared(4096);

@@ -17,7 +17,7 @@ use super::{
     wire::{ACK_BYTES, Ack, FrameKind, HEADER_AND_TABLE_START, PartHeader, TRAILER_BYTES, Trailer},
     *,
 };
-use crate::transport::testing::{Engine, Events, PATIENCE, TargetEnd, TestRegion};
+use crate::transport::testing::{Engine, Events, PATIENCE, SPIN, TargetEnd, TestRegion};
 
 const LANE: LaneId = LaneId(1);
 
@@ -58,7 +58,7 @@ struct Link {
 
 impl Link {
     fn new(kind: LaneKind) -> Self {
-        let carriers = Carriers::start(2).expect("threads");
+        let carriers = Carriers::start(2, SPIN).expect("threads");
         let (here, there) = connection();
         let initiator = Initiator::start(&carriers, kind, here);
         let target = Target::start(&carriers, kind, there);

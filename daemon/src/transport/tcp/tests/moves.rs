@@ -100,7 +100,7 @@ fn a_part_may_mix_kinds_of_memory() {
 /// One thread, one lane with much to do and one with little: the second does not wait for the first.
 #[test]
 fn a_busy_lane_does_not_starve_its_neighbours() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let open = || {
         let (here, there) = connection();
         let initiator = Initiator::start(&carriers, LaneKind::Write, here);
@@ -152,7 +152,7 @@ fn a_close_is_told_once_on_both_sides() {
 /// Nobody is left waiting: neither lanes that are open nor those that come too late.
 #[test]
 fn carriers_that_go_away_close_their_lanes() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (here, there) = connection();
     let initiator = Initiator::start(&carriers, LaneKind::Write, here);
     let target = Target::start(&carriers, LaneKind::Write, there);
@@ -166,7 +166,7 @@ fn carriers_that_go_away_close_their_lanes() {
 /// A thread that dies is noticed, and takes no other lane's end with it.
 #[test]
 fn a_thread_that_panics_is_told_of() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (here, there) = connection();
     let innocent = Initiator::start(&carriers, LaneKind::Write, here);
     let target = Target::start(&carriers, LaneKind::Write, there);

@@ -61,7 +61,7 @@ fn each_refusal_names_reason_and_run() {
 fn memory_that_does_not_answer_is_a_refused_part() {
     for kind in [LaneKind::Write, LaneKind::Read] {
         for dead_is_local in [false, true] {
-            let carriers = Carriers::start(2).expect("threads");
+            let carriers = Carriers::start(2, SPIN).expect("threads");
             let (here, there) = connection();
             let (mortal, dying) = Engine::of_a_child();
             let (initiator, target) = match dead_is_local {

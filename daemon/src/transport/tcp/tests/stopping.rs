@@ -23,7 +23,7 @@ struct StuckWrite {
 
 impl StuckWrite {
     fn new() -> Self {
-        let carriers = Carriers::start(1).expect("a thread");
+        let carriers = Carriers::start(1, SPIN).expect("a thread");
         let (here, peer) = narrow_connection();
         let source = Initiator::start(&carriers, LaneKind::Write, here);
         let local = source.engine.shared(2 * PART);
@@ -109,7 +109,7 @@ impl HalfWritten {
     }
 
     fn with(change: impl FnOnce(PartHeader) -> PartHeader) -> Self {
-        let carriers = Carriers::start(1).expect("a thread");
+        let carriers = Carriers::start(1, SPIN).expect("a thread");
         let (mut peer, there) = connection();
         let target = Target::start(&carriers, LaneKind::Write, there);
         let region = target.engine.shared(PART);
@@ -160,7 +160,7 @@ fn an_unregistered_target_is_let_go_in_the_middle_of_a_part() {
 /// A part that was stopped before it came does not reach memory at all.
 #[test]
 fn a_stop_that_overtakes_its_part_is_kept() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (mut peer, there) = connection();
     let target = Target::start(&carriers, LaneKind::Write, there);
     let region = target.engine.shared(4096);
@@ -181,7 +181,7 @@ pub(super) struct StuckRead {
 
 impl StuckRead {
     pub(super) fn new() -> Self {
-        let carriers = Carriers::start(1).expect("a thread");
+        let carriers = Carriers::start(1, SPIN).expect("a thread");
         let (mut peer, there) = narrow_connection();
         let target = Target::start(&carriers, LaneKind::Read, there);
         let region = target.engine.shared(PART);
@@ -228,7 +228,7 @@ fn an_answer_from_an_unregistered_region_ends() {
 /// The initiator's half of a stopped read: data that is on the way goes to scrap.
 #[test]
 fn a_stopped_read_applies_nothing_that_comes_later() {
-    let carriers = Carriers::start(1).expect("a thread");
+    let carriers = Carriers::start(1, SPIN).expect("a thread");
     let (here, mut peer) = connection();
     let sink = Initiator::start(&carriers, LaneKind::Read, here);
     let (local, next) = (sink.engine.shared(PART), sink.engine.shared(PART));
