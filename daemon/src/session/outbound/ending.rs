@@ -4,8 +4,6 @@
 //! gate proves the other. It disturbs no other transfer and closes no lane. Where the peer cannot answer, the
 //! report says UNCONFIRMED; where this side cannot be proven in time, the answer is UNSETTLED until it is.
 
-use std::time::Instant;
-
 use super::{Action, Outbound};
 use crate::{
     domain::{Failure, LaneId, Op, Outcome, PeerHalf, Reason, Report, TransferId},
@@ -93,13 +91,7 @@ impl Outbound {
 
     /// Ends what is past its deadline, and waits for nobody's word longer than is allowed.
     pub(super) fn expire(&mut self) {
-        let due: Vec<TransferId> = self
-            .runs
-            .iter()
-            .filter(|(_, run)| self.run_wake(run).is_some_and(|at| at <= self.now))
-            .map(|(id, _)| *id)
-            .collect();
-        for transfer in due {
+        for transfer in self.runs.due(self.now) {
             let Some(run) = self.runs.get_mut(&transfer) else { continue };
             let late = run.deadline() <= self.now;
             match &mut run.phase {
@@ -125,16 +117,6 @@ impl Outbound {
                     self.queue(transfer);
                 }
             }
-        }
-    }
-
-    /// When time alone changes something for the transfer.
-    pub(super) fn run_wake(&self, run: &Run) -> Option<Instant> {
-        match &run.phase {
-            Phase::Ending(ending) if ending.own_settled => Some(ending.peer_deadline(self.policy.peer_wait)),
-            Phase::Ending(ending) if ending.told_unsettled => None,
-            Phase::Ending(ending) => Some(ending.since + self.policy.settle),
-            _ => Some(run.not_before.map_or(run.deadline(), |at| at.min(run.deadline()))),
         }
     }
 
