@@ -99,6 +99,7 @@ impl Engine {
             local,
             tag: order.tag,
             policy: order.policy.retry(self.retry),
+            failure_threshold: order.policy.failure_threshold,
             received,
             known: arrival.known,
             own_epoch: arrival.own_epoch,

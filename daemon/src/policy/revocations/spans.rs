@@ -25,20 +25,20 @@ pub(super) struct Spans {
 }
 
 impl Spans {
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.by_address.len()
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.by_address.is_empty()
     }
 
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 
     /// Whether any of these bytes was revoked after `admitted`.
-    pub fn touches(&self, address: u64, bytes: u64, admitted: Epoch) -> bool {
+    pub(super) fn touches(&self, address: u64, bytes: u64, admitted: Epoch) -> bool {
         let end = address.saturating_add(bytes);
         let before = self.by_address.range(..address).next_back().filter(|(_, span)| span.end > address);
         let within = self.by_address.range(address..end.max(address));
@@ -46,7 +46,7 @@ impl Spans {
     }
 
     /// What was revoked after `told`, oldest first, by address within an epoch. Costs what it yields.
-    pub fn since(&self, told: Epoch) -> impl Iterator<Item = (Epoch, AddressRange)> + '_ {
+    pub(super) fn since(&self, told: Epoch) -> impl Iterator<Item = (Epoch, AddressRange)> + '_ {
         let newer = self.by_epoch.range((Excluded((told, u64::MAX)), Unbounded));
         newer.filter_map(|&(epoch, base)| {
             let end = self.by_address.get(&base)?.end;
@@ -55,7 +55,7 @@ impl Spans {
     }
 
     /// Puts a range over whatever lies there: none of that is newer.
-    pub fn lay(&mut self, range: AddressRange, epoch: Epoch) {
+    pub(super) fn lay(&mut self, range: AddressRange, epoch: Epoch) {
         if let Some((_, before)) = self.by_address.range_mut(..range.base()).next_back()
             && before.end > range.base()
         {
@@ -72,7 +72,7 @@ impl Spans {
 
     /// Forgets whole epochs, oldest first, until no more than `most` spans are left; answers the newest epoch
     /// forgotten. What is left of an epoch of which some spans go would hit nobody whom the floor lets pass.
-    pub fn shrink_to(&mut self, most: usize) -> Option<Epoch> {
+    pub(super) fn shrink_to(&mut self, most: usize) -> Option<Epoch> {
         let mut forgotten = None;
         while let Some(&(epoch, base)) = self.by_epoch.first()
             && (self.len() > most || forgotten == Some(epoch))

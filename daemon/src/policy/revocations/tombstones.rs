@@ -16,8 +16,8 @@ const LAST_TAG: Tag = Tag([u8::MAX; 16]);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Tombstone {
-    pub expires: Instant,
-    pub epoch: Epoch,
+    pub(super) expires: Instant,
+    pub(super) epoch: Epoch,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -29,32 +29,32 @@ pub(super) struct Tombstones {
 
 impl Tombstones {
     /// Those past their time included.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.by_tag.len()
     }
 
-    pub fn contains(&self, tag: Tag) -> bool {
+    pub(super) fn contains(&self, tag: Tag) -> bool {
         self.by_tag.contains_key(&tag)
     }
 
     /// Whether one stands for the tag.
-    pub fn refuse(&self, tag: Tag, now: Instant) -> bool {
+    pub(super) fn refuse(&self, tag: Tag, now: Instant) -> bool {
         self.by_tag.get(&tag).is_some_and(|tombstone| now < tombstone.expires)
     }
 
     /// When the next one is past its time.
-    pub fn next_expiry(&self) -> Option<Instant> {
+    pub(super) fn next_expiry(&self) -> Option<Instant> {
         self.by_expiry.first().map(|(expires, _)| *expires)
     }
 
     /// Those newer than `told`, oldest first, those past their time included. Costs what it yields.
-    pub fn since(&self, told: Epoch) -> impl Iterator<Item = (Tag, Tombstone)> + '_ {
+    pub(super) fn since(&self, told: Epoch) -> impl Iterator<Item = (Tag, Tombstone)> + '_ {
         let newer = self.by_epoch.range((Excluded((told, LAST_TAG)), Unbounded));
         newer.filter_map(|(_, tag)| Some((*tag, *self.by_tag.get(tag)?)))
     }
 
     /// A tag has one tombstone: the newest.
-    pub fn bury(&mut self, tag: Tag, tombstone: Tombstone) {
+    pub(super) fn bury(&mut self, tag: Tag, tombstone: Tombstone) {
         self.remove(tag);
         self.by_tag.insert(tag, tombstone);
         self.by_expiry.insert((tombstone.expires, tag));
@@ -62,7 +62,7 @@ impl Tombstones {
     }
 
     /// Forgets those past their time.
-    pub fn expire(&mut self, now: Instant) {
+    pub(super) fn expire(&mut self, now: Instant) {
         while let Some(&(expires, tag)) = self.by_expiry.first()
             && expires <= now
         {

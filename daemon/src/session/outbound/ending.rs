@@ -31,7 +31,7 @@ impl Outbound {
     /// Decides that the transfer is to be over. Nothing happens where that was decided before.
     pub(super) fn end(&mut self, transfer: TransferId, failure: Failure) {
         let Some(run) = self.runs.get_mut(&transfer).filter(|run| !run.is_ending()) else { return };
-        let op = run.admitted.op;
+        let (op, threshold) = (run.admitted.op, run.admitted.failure_threshold);
         let mut ending = Ending::decided(failure.clone(), self.now);
         let lanes = self.lanes.iter().filter(|(_, lane)| lane.last_of(transfer).is_some());
         ending.peer_pending = lanes.map(|(id, _)| *id).collect();
@@ -42,7 +42,7 @@ impl Outbound {
         ending.own_settled = !in_doubt;
         run.end(ending);
         if disposition(failure.reason, Origin::Peer).counts && !self.probing.is(transfer) {
-            self.given_up(op);
+            self.given_up(op, threshold);
         }
         self.finish_if_settled(transfer);
     }
@@ -156,8 +156,8 @@ impl Outbound {
         self.actions.push(Action::Finish(Box::new(run), report));
     }
 
-    fn given_up(&mut self, op: Op) {
-        let change = self.health.given_up(op, self.now, self.draw);
+    fn given_up(&mut self, op: Op, own_threshold: Option<u32>) {
+        let change = self.health.given_up(op, own_threshold, self.now, self.draw);
         self.health_changed(change);
     }
 

@@ -134,6 +134,7 @@ pub(in super::super) fn admitted(
         policy,
         received,
         known: None,
+        failure_threshold: None,
         own_epoch: Epoch(0),
     }
 }
