@@ -178,6 +178,14 @@ impl Driver {
         match command {
             Command::Submit(admitted) => self.feed(Event::Submit(admitted)),
             Command::End(transfer, failure) => self.feed(Event::End(transfer, failure)),
+            Command::Cancel(transfer, failure, answer) => {
+                if self.core.carries(transfer) {
+                    self.next_ticket += 1;
+                    self.revokes.begin(self.next_ticket, answer);
+                    self.revokes.hit(self.next_ticket, vec![transfer]);
+                    self.feed(Event::End(transfer, failure));
+                }
+            }
             Command::Reset(answer) => {
                 self.feed(Event::Reset);
                 let _ = answer.send(());

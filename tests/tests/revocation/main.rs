@@ -18,7 +18,7 @@ use harness::{
     scene::{Scene, assert_reason, done, failed, refused, request},
 };
 use kvferry_client::{
-    Engine, Error, Failure, Op, Path, Pending, Range, Reason, Report, Settlement, Transfer, tag,
+    Engine, Error, Failure, Op, Outcome, Path, Pending, Range, Reason, Report, Settlement, Transfer, tag,
 };
 use kvferry_proto::engine::v1 as wire;
 
@@ -191,6 +191,28 @@ fn a8_a_revocation_is_answered_behind_a_partition() {
     it.proxy.hold(false);
     is_revoked(victim.wait());
     it.verify("after the hole opened");
+}
+
+/// A4: the initiator takes its memory back. Its own half is proven, and answered, whatever the peer says and when;
+/// the report waits for the peer's word, and without it says so.
+#[test]
+fn a4_a_cancel_waits_for_nobody_elses_word() {
+    for op in [Op::Write, Op::Read] {
+        let mut it = Revoking::new(40 * MIB);
+        let victim = it.begin(it.request(op, &megabytes(32)), 4 * MIB, 2 * MIB);
+        it.proxy.hold(true);
+        let begun = Instant::now();
+        assert_eq!(it.scene.initiator.engine.cancel(victim.id()).unwrap(), Settlement::Settled);
+        let took = begun.elapsed();
+        it.scene.initiator.pool.hand_over(0..36 * MIB, Stamp { owner: 3, transfer: 1 });
+        assert!(took < ANSWER, "the answer took {took:?}");
+        let report = victim.wait().unwrap();
+        assert_eq!((report.outcome, report.peer_confirmed), (Outcome::Cancelled, false), "{report:?}");
+        assert!(begun.elapsed() > ANSWER, "the peer's word was waited for");
+        it.proxy.hold(false);
+        it.scene.target.pool.forget(0..36 * MIB);
+        it.verify("after a cancel behind a partition");
+    }
 }
 
 /// A8: a chunk that is sent later, by a peer that has not heard of the abort.
