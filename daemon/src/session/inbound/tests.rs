@@ -8,10 +8,10 @@ use std::{
     time::Duration,
 };
 
-use super::*;
+use super::{session::MAX_RECORDS, *};
 use crate::{
     memory::{LockPolicy, Quota, Registrar, SystemDriver, testing::own_memory},
-    transport::tcp::TargetLane,
+    transport::{TargetSink, tcp::TargetLane},
 };
 
 const ALICE: Incarnation = Incarnation([0xa; 32]);

@@ -90,13 +90,7 @@ impl Role for ReadServer {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if let Some(view) = news {
-                self.work.review(&view);
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|view| self.work.review(view))?)
     }
 
     fn holds_leases(&self) -> bool {

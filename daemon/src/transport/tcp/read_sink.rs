@@ -103,13 +103,7 @@ impl Role for ReadSink {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if news.is_some() {
-                self.work.review();
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|_| self.work.review())?)
     }
 
     fn holds_leases(&self) -> bool {

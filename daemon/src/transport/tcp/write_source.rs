@@ -93,13 +93,7 @@ impl Role for WriteSource {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if news.is_some() {
-                self.work.review();
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|_| self.work.review())?)
     }
 
     fn holds_leases(&self) -> bool {
