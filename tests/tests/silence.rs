@@ -136,60 +136,92 @@ impl Trio {
         Transfer { policy: once(), ..transfer }
     }
 
-    /// The slowest of the transfers to the healthy peer while `during` is going on.
-    fn slowest_meanwhile(&self, during: impl FnOnce() + Send) -> Duration {
+    /// The p99 of each window of transfers to the healthy peer that fits whole into `during`, and the slowest of all.
+    fn windows_meanwhile(&self, during: impl FnOnce() + Send) -> (Vec<Duration>, Duration) {
+        const WINDOW: usize = 100;
         let moves = Arrangement::Reversed.moves(64, 4096);
+        let (mut windows, mut slowest) = (Vec::new(), Duration::ZERO);
         thread::scope(|scope| {
             let running = scope.spawn(during);
-            let mut slowest = Duration::ZERO;
             while !running.is_finished() {
-                slowest = slowest.max(self.to_well(&moves));
+                let mut took: Vec<_> = (0..WINDOW)
+                    .map_while(|_| (!running.is_finished()).then(|| self.to_well(&moves)))
+                    .collect();
+                took.sort_unstable();
+                slowest = slowest.max(took.last().copied().unwrap_or_default());
+                if took.len() == WINDOW {
+                    windows.push(took[WINDOW * 99 / 100 - 1]);
+                }
             }
-            slowest
-        })
+        });
+        (windows, slowest)
     }
+}
+
+/// The median of the ratios of windows: the n-th during a fault beside the n-th before it.
+fn median_ratio(before: &[Duration], during: &[Duration]) -> f64 {
+    let pairs = before.iter().zip(during);
+    let mut ratios: Vec<f64> =
+        pairs.map(|(before, during)| during.as_secs_f64() / before.as_secs_f64()).collect();
+    ratios.sort_unstable_by(f64::total_cmp);
+    assert!(ratios.len() >= 3, "{} windows say nothing", ratios.len());
+    ratios[ratios.len() / 2]
 }
 
 /// D2. A peer behind a black hole, with a dozen callers waiting for it: all are told in time, and whoever talks to
 /// somebody else does not notice.
 #[test]
 fn d2_a_black_holed_peer_is_noticed_in_time_and_slows_nobody() {
+    // Measured on a quiet machine it is one; what else runs beside the short suite is not the daemon's doing.
+    let (rounds, bound) = if harness::long() { (5, 1.25) } else { (1, 2.0) };
     let mut trio = Trio::new();
     let moves = megabytes(4);
-    done(trio.initiator.engine.transfer(trio.to_sick(&moves)), &moves);
-    let quiet = trio.slowest_meanwhile(|| thread::sleep(Duration::from_secs(1)));
-    trio.proxy.hold(true);
+    let (mut before, mut during) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        done(trio.initiator.engine.transfer(trio.to_sick(&moves)), &moves);
+        let (windows, quiet) = trio.windows_meanwhile(|| thread::sleep(Duration::from_secs(3)));
+        trio.proxy.hold(true);
+        let (beside, meanwhile) = a_dozen_wait_for_the_sick(&trio, &moves);
+        println!("slowest transfer to a healthy peer: {quiet:?} before, {meanwhile:?} beside a black hole");
+        assert!(meanwhile < Duration::from_secs(1), "a healthy peer waited {meanwhile:?}");
+        before.extend(windows);
+        during.extend(beside);
+        trio.proxy.hold(false);
+        eventually("the sick peer is well again", LIMIT, || {
+            let report = trio.initiator.engine.transfer(trio.to_sick(&moves)).unwrap();
+            report.outcome == Outcome::Done
+        });
+    }
+    let ratio = median_ratio(&before, &during);
+    println!("p99 of healthy transfers: median of {} ratios {ratio:.3}", before.len().min(during.len()));
+    assert!(ratio <= bound, "a black hole costs healthy peers {ratio:.2} times their p99");
+    trio.sick.pool.expect(&trio.initiator.pool, &moves);
+    trio.sick.pool.verify().assert_clean("the sick peer");
+    trio.well.pool.expect(&trio.initiator.pool, &Arrangement::Reversed.moves(64, 4096));
+    trio.well.pool.verify().assert_clean("the healthy peer");
+}
+
+/// All are told in time. Says how healthy transfers fared meanwhile.
+fn a_dozen_wait_for_the_sick(trio: &Trio, moves: &[Move]) -> (Vec<Duration>, Duration) {
     let told: Mutex<Vec<Duration>> = Mutex::default();
-    let sick = || {
+    let meanwhile = trio.windows_meanwhile(|| {
         thread::scope(|scope| {
             for _ in 0..12 {
                 scope.spawn(|| {
                     let begun = Instant::now();
-                    let (_, failure) = failed(trio.initiator.engine.transfer(trio.to_sick(&moves)));
+                    let (_, failure) = failed(trio.initiator.engine.transfer(trio.to_sick(moves)));
                     assert_reason(&failure, &[Reason::PeerSilent, Reason::ConnectTimeout]);
                     told.lock().unwrap().push(begun.elapsed());
                 });
             }
         });
-    };
-    let meanwhile = trio.slowest_meanwhile(sick);
-    println!("slowest transfer to a healthy peer: {quiet:?} before, {meanwhile:?} beside a black hole");
+    });
     let mut told = told.into_inner().unwrap();
     told.sort_unstable();
     println!("told after {told:?}");
-    // Whoever had a part under way hears of the silence itself; who had none, of an open that met the same silence.
-    assert!(told[0] < NOTICED, "the first verdict took {:?}", told[0]);
-    assert!(told[11] < 2 * NOTICED, "the last verdict took {:?}", told[11]);
-    assert!(meanwhile < Duration::from_secs(1), "a healthy peer waited {meanwhile:?}");
-    trio.proxy.hold(false);
-    eventually("the sick peer is well again", LIMIT, || {
-        let report = trio.initiator.engine.transfer(trio.to_sick(&moves)).unwrap();
-        report.outcome == Outcome::Done
-    });
-    trio.sick.pool.expect(&trio.initiator.pool, &moves);
-    trio.sick.pool.verify().assert_clean("the sick peer");
-    trio.well.pool.expect(&trio.initiator.pool, &Arrangement::Reversed.moves(64, 4096));
-    trio.well.pool.verify().assert_clean("the healthy peer");
+    // Without retries, whoever waits ends with the session that fell silent, also who had no part under way.
+    assert!(told.iter().all(|took| *took < NOTICED), "a verdict took {:?}", told.last());
+    meanwhile
 }
 
 /// A4. The peer cannot be asked when a transfer is cancelled: the own half is proven without it, the report does not
