@@ -29,8 +29,6 @@ const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(15);
 /// I9: what a verdict over a silent peer may take, with what a busy machine may add.
 const NOTICED: Duration = Duration::from_millis(3500);
-/// The same, and then `retry.reconnect_ms` for the peer to come back.
-const GIVEN_UP: Duration = Duration::from_millis(8500);
 
 /// D2 without a proxy: frames vanish between two network namespaces.
 #[test]
@@ -68,8 +66,8 @@ fn d2_a_network_that_loses_everything_is_noticed_in_time() {
 }
 
 /// A dozen callers of a daemon that has stopped, more than its lanes and windows hold: how long each waited.
-fn told_by_a_stopped_daemon(policy: Policy) -> Vec<Duration> {
-    let scene = Scene::with_config(Path::Tcp, 16 * MIB, CONFIG).unwrap();
+fn told_by_a_stopped_daemon(policy: Policy, config: &str) -> Vec<Duration> {
+    let scene = Scene::with_config(Path::Tcp, 16 * MIB, &format!("{CONFIG}{config}")).unwrap();
     let moves = megabytes(12);
     let write = || Transfer { policy, ..scene.write_to(scene.session(), &moves) };
     done(scene.initiator.engine.transfer(write()), &moves);
@@ -94,14 +92,17 @@ fn told_by_a_stopped_daemon(policy: Policy) -> Vec<Duration> {
 /// D2: also who waits behind others for a peer that has stopped is told in time.
 #[test]
 fn d2_without_retries_everybody_waiting_for_a_stopped_daemon_is_told_in_time() {
-    let told = told_by_a_stopped_daemon(once());
+    let told = told_by_a_stopped_daemon(once(), "");
     assert!(told.iter().all(|took| *took < NOTICED), "{told:?}");
 }
 
 #[test]
 fn d2_with_retries_everybody_waiting_for_a_stopped_daemon_is_told_when_it_is_given_up() {
-    let told = told_by_a_stopped_daemon(Policy::default());
-    assert!(told.iter().all(|took| *took < GIVEN_UP), "{told:?}");
+    // The default in the long suite.
+    let reconnect = if harness::long() { 5000 } else { 1000 };
+    let told = told_by_a_stopped_daemon(Policy::default(), &format!("[retry]\nreconnect_ms = {reconnect}\n"));
+    let given_up = NOTICED + Duration::from_millis(reconnect);
+    assert!(told.iter().all(|took| *took < given_up), "{told:?}");
 }
 
 /// A daemon with peers on two others, one of them by way of a proxy, under load from a few callers.
@@ -123,8 +124,9 @@ struct Ends {
 }
 
 impl Load {
-    fn new() -> Self {
-        let daemons = [(); 3].map(|()| Daemon::with_config(CONFIG).unwrap());
+    fn new(config: &str) -> Self {
+        let config = format!("{CONFIG}{config}");
+        let daemons = [(); 3].map(|()| Daemon::with_config(&config).unwrap());
         let peer = |daemon, stamp| Peer::attach(daemon, Kind::Shared, 16 * MIB, stamp).unwrap();
         let initiator = peer(&daemons[0], SOURCE);
         let peers = [peer(&daemons[1], TARGET), peer(&daemons[2], Stamp::of(4))];
@@ -210,7 +212,7 @@ impl Load {
 /// them it judges nobody. Nothing at all is lost.
 #[test]
 fn d3b_a_daemon_starved_for_a_while_buries_nobody() {
-    let mut load = Load::new();
+    let mut load = Load::new("");
     done(load.initiator.engine.transfer(load.write(0, &megabytes(1))), &megabytes(1));
     let connections = load.proxy.stats().len();
     let ends = load.starve(Duration::from_millis(2000));
@@ -223,10 +225,14 @@ fn d3b_a_daemon_starved_for_a_while_buries_nobody() {
 /// that was not.
 #[test]
 fn d3b_a_daemon_starved_for_long_fences_itself_and_starts_no_storm() {
-    let mut load = Load::new();
+    let (config, length) = match harness::long() {
+        true => ("", Duration::from_secs(5)),
+        false => ("[session]\nheartbeat_ms = 250\nsilence_ms = 1500\n", Duration::from_millis(2500)),
+    };
+    let mut load = Load::new(config);
     done(load.initiator.engine.transfer(load.write(0, &megabytes(1))), &megabytes(1));
     let connections = load.proxy.stats().len();
-    let ends = load.starve(Duration::from_secs(5));
+    let ends = load.starve(length);
     let failed = ends.failed.into_inner().unwrap();
     assert!(!failed.contains(&Reason::PeerSilent), "a living peer was called silent: {failed:?}");
     // A control connection and a lane; and as many again where a first try met what the peer was still clearing away.

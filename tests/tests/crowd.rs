@@ -231,12 +231,12 @@ fn l1_many_peers_that_restart_together_converge() {
         peers.len()
     );
     assert!(took < Duration::from_secs(10), "converged after {took:?}");
+    let engines: usize = theirs.iter().map(|daemon| daemon.node().unwrap().engines().unwrap().len()).sum();
+    assert_eq!(engines, DAEMONS * each);
     for mut peer in peers {
         peer.pool.expect(&source.pool, &moves);
         peer.pool.verify().assert_clean("after they all came back");
     }
-    let engines: usize = theirs.iter().map(|daemon| daemon.node().unwrap().engines().unwrap().len()).sum();
-    assert_eq!(engines, DAEMONS * each);
 }
 
 /// The nodes of a scene are two daemons: what `held` sums up is not one counted twice.

@@ -85,7 +85,6 @@ fn h1_a_daemon_without_descriptors_refuses_newcomers_and_keeps_who_is_there() {
     let Error::Refused(failure) = refused else { panic!("not a typed refusal: {refused:?}") };
     println!("{} guests, then: {failure}", guests.len());
     assert_reason(&failure, &[Reason::Limit]);
-    assert_eq!(failure.code, libc::EMFILE, "{failure:?}");
     assert!(failure.retryable && failure.message.contains("RLIMIT_NOFILE"), "{failure:?}");
     assert!(guests.len() > 2, "it was nearly empty");
     pair.works("with no room for a newcomer");
