@@ -15,7 +15,7 @@ use harness::{
     eventually,
     oracle::Kind,
     process::Process,
-    scene::{Nodes, Peer, SOURCE, Scene, TARGET, done, request},
+    scene::{Nodes, Peer, SOURCE, Scene, TARGET, request},
 };
 use kvferry_client::{Engine, Error, Op, Outcome, Path, Settlement, Transfer};
 
