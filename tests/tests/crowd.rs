@@ -198,7 +198,8 @@ fn l1_many_peers_that_restart_together_converge() {
     let each = if harness::long() { 86 } else { 12 };
     let moves = [Move { from: 0, to: 0, length: 64 * KIB }];
     let own = Daemon::start().unwrap();
-    let mut theirs: Vec<_> = (0..DAEMONS).map(|_| Daemon::start().unwrap()).collect();
+    let mut theirs: Vec<_> =
+        (0..DAEMONS).map(|_| Daemon::with_config("[limits]\nengines = 128\n").unwrap()).collect();
     let source = Peer::attach(&own, Kind::Shared, 128 * KIB, SOURCE).unwrap();
     let attach = |daemon: &Daemon| Peer::attach(daemon, Kind::Shared, 128 * KIB, TARGET).unwrap();
     let peers: Vec<Peer> = theirs.iter().flat_map(|daemon| (0..each).map(|_| attach(daemon))).collect();

@@ -3,6 +3,9 @@
 //!
 //! Needs root (a cgroup of its own) and util-linux; without them these tests fail and say so.
 //!
+//! A memory cgroup is not tested: the daemon asks for no memory that it could be refused (engines touch their pages
+//! first, so theirs are charged), and what a group that is full does to a process is kill it, which is C4.
+//!
 //! G2 is only half here. Nothing of shared or process memory is pinned, so RLIMIT_MEMLOCK cannot refuse it: that is
 //! what is tested. Pages are pinned by `ibv_reg_mr`, and MEMLOCK, with needed and available bytes, is told by the
 //! driver call that makes it; the row's other half comes with rdma.
