@@ -14,6 +14,7 @@ pub mod engine;
 pub mod faulty;
 pub mod handover;
 pub mod late;
+pub mod netpath;
 pub mod oracle;
 pub mod painter;
 pub mod pairwise;

@@ -11,7 +11,7 @@ use kvferryd::{
     },
     transport::{
         LaneKind,
-        tcp::{InitiatorSetup, Preface},
+        tcp::{InitiatorSetup, Preface, Pulse},
     },
 };
 
@@ -138,7 +138,7 @@ impl World {
         if let Some(stream) = self.streams.get_mut(&stream) {
             stream.dialled = true;
         }
-        let link = Link { stream, pulse: Arc::default(), heard: 0, last_life_us: self.now_us };
+        let link = Link { stream, pulse: Pulse::new(), heard: 0, last_life_us: self.now_us };
         if let Some(session) = self.session(key) {
             session.link = Some(link);
         }

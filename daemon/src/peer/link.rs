@@ -74,7 +74,7 @@ impl Link {
             address,
             to_target,
             listener: None,
-            pulse: Arc::default(),
+            pulse: Pulse::new(),
             life: Life::new(),
             sequence: 0,
             overflowed: false,

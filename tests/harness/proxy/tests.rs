@@ -132,6 +132,47 @@ fn one_byte_is_flipped() {
 }
 
 #[test]
+fn bytes_vanish_and_the_connection_lives() {
+    let line = Line::new();
+    // Far more than is read at once.
+    line.proxy.script(rule(Kind::Data, Fault::Drop { at: 70_001, bytes: 200_000 }));
+    let (mut client, mut server) = line.connect();
+    let sent: Vec<u8> = (0..400_000u32).map(|at| if at == 0 { b'K' } else { (at % 251) as u8 }).collect();
+    let writes = std::thread::spawn({
+        let sent = sent.clone();
+        move || {
+            client.write_all(&sent).unwrap();
+            client
+        }
+    });
+    let bytes = read(&mut server, 200_000);
+    assert!(bytes[..70_001] == sent[..70_001] && bytes[70_001..] == sent[270_001..]);
+    let mut client = writes.join().unwrap();
+    client.write_all(b"next").unwrap();
+    assert_eq!(read(&mut server, 4), b"next");
+}
+
+#[test]
+fn a_delay_holds_in_its_direction() {
+    let line = Line::new();
+    let (mut client, mut server) = line.connect();
+    client.write_all(b"K").unwrap();
+    read(&mut server, 1);
+    line.proxy.delay(Toward::Client, Duration::from_millis(80));
+    let begin = Instant::now();
+    client.write_all(b"to").unwrap();
+    read(&mut server, 2);
+    let there = begin.elapsed();
+    server.write_all(b"back").unwrap();
+    read(&mut client, 4);
+    let back = begin.elapsed() - there;
+    assert!(back >= Duration::from_millis(80) && there < back, "{there:?} there, {back:?} back");
+    line.proxy.delay(Toward::Client, Duration::ZERO);
+    server.write_all(b"again").unwrap();
+    assert_eq!(read(&mut client, 5), b"again");
+}
+
+#[test]
 fn bytes_that_passed_can_be_repeated() {
     let line = Line::new();
     let (mut client, mut server) = line.connect();

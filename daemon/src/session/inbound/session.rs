@@ -61,7 +61,7 @@ impl InboundSession {
             initiator,
             label,
             stops: Stops::new(),
-            pulse: Arc::default(),
+            pulse: Pulse::new(),
             book: Mutex::new(Book { inherited, ..Book::default() }),
             changed: Notify::new(),
             superseded: AtomicBool::new(false),

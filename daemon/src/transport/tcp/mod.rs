@@ -47,7 +47,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 pub use by_hand::HandCarrier;
@@ -70,24 +70,38 @@ use crate::{
     memory::EngineMemory,
 };
 
-/// Bytes heard from a peer, over all lanes of a session: life (I9).
-#[derive(Debug, Default)]
-pub struct Pulse(AtomicU64);
+/// What was heard from a peer, over all lanes of a session: life (I9).
+#[derive(Debug)]
+pub struct Pulse {
+    bytes: AtomicU64,
+    begun: Instant,
+    /// When the last of them came, in nanoseconds after the begin; 0: none came.
+    last: AtomicU64,
+}
 
 impl Pulse {
     /// Nothing heard yet.
     pub fn new() -> Arc<Self> {
-        Arc::default()
+        Arc::new(Self { bytes: AtomicU64::new(0), begun: Instant::now(), last: AtomicU64::new(0) })
     }
 
     /// Bytes so far. As long as it rises the peer lives.
     pub fn total(&self) -> u64 {
-        self.0.load(Relaxed)
+        self.bytes.load(Relaxed)
+    }
+
+    /// When the last of them came.
+    pub fn last(&self) -> Option<Instant> {
+        let last = self.last.load(Relaxed);
+        (last > 0).then(|| self.begun + Duration::from_nanos(last))
     }
 
     fn heard(&self, bytes: u64) {
         if bytes > 0 {
-            self.0.fetch_add(bytes, Relaxed);
+            self.bytes.fetch_add(bytes, Relaxed);
+            let now = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            // Threads may come a moment apart, and in the other order: the latest counts.
+            self.last.fetch_max(now.max(1), Relaxed);
         }
     }
 }
