@@ -181,7 +181,7 @@ impl Node {
         let terms = Terms {
             boot: resources.boot,
             key: request.key.clone(),
-            capabilities: identity::capabilities(&allowed),
+            capabilities: identity::capabilities(&allowed, config.tcp.checksum),
             secret: resources.secret.clone(),
             timing,
             handshake: config.endpoint.handshake_timeout(),
@@ -207,6 +207,7 @@ impl Node {
             own: session_id.clone(),
             memory: memory.clone(),
             allowed,
+            checksum: config.tcp.checksum,
             secret: resources.secret.clone(),
             timing,
             limit_slices: config.limits.slices as u64,

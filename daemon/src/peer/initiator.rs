@@ -215,8 +215,9 @@ impl Driver {
                 self.feed(Event::OpenFailed(failure));
             }
             Feedback::Connected(number, connection) if number == self.link_number => {
-                let super::client::Connection { opened, address, to_target, from_target } = *connection;
-                let mut link = Link::new(number, opened.incarnation, address, to_target);
+                let super::client::Connection { opened, address, checksums, to_target, from_target } =
+                    *connection;
+                let mut link = Link::new(number, opened.incarnation, address, checksums, to_target);
                 link.listen(from_target, self.feedback.clone(), &mut self.tasks);
                 self.link = Some(link);
                 self.feed(Event::Opened(Box::new(opened)));
@@ -360,6 +361,7 @@ impl Driver {
                 own: &context.own,
                 expected,
                 allowed: &context.allowed,
+                checksum: context.checksum,
                 secret: context.secret.as_ref(),
                 timeout: context.timing.silence,
             };
@@ -437,6 +439,7 @@ impl Driver {
             memory: self.context.memory.clone(),
             sink: self.sink.clone(),
             pulse: link.pulse(),
+            checksums: link.checksums(),
         };
         let open = Lane::Tcp(self.context.carriers.initiate(stream, setup));
         let event = self.lane_opened(lane, OpenLane { lane: open, kind, path: PathKind::Tcp });

@@ -154,7 +154,9 @@ impl Conversation {
         let FromInitiator::Open(open) = self.hear().await? else { return Err(out_of_turn("Open")) };
         let open = convert::open_in(open)?;
         self.prove(&open).await?;
-        let (session, fenced) = self.target.inbound.confirm(open.incarnation, open.session_id).await?;
+        let checksums = identity::checksums(&open.capabilities, &self.target.terms.capabilities);
+        let inbound = &self.target.inbound;
+        let (session, fenced) = inbound.confirm(open.incarnation, open.session_id, checksums).await?;
         let fenced = fenced.iter().map(|(lane, record)| convert::fenced_out(*lane, record)).collect();
         let revoked = self.target.inbound.memory().revocations().since(Epoch(0));
         self.told = revoked.epoch;

@@ -69,6 +69,8 @@ struct Grant {
 pub struct InboundSession {
     initiator: Incarnation,
     label: String,
+    /// Payload on its lanes is summed.
+    checksums: bool,
     stops: Arc<Stops>,
     pulse: Arc<Pulse>,
     book: Mutex<Book>,
@@ -113,6 +115,7 @@ impl Inbound {
         &self,
         initiator: Incarnation,
         label: String,
+        checksums: bool,
     ) -> Result<(Arc<InboundSession>, Vec<(LaneId, LaneRecord)>), Failure> {
         loop {
             let earlier = self.table().sessions.get(&initiator).cloned();
@@ -123,7 +126,7 @@ impl Inbound {
                 }
                 None => Vec::new(),
             };
-            let session = InboundSession::new(initiator, label.clone(), fenced.clone());
+            let session = InboundSession::new(initiator, label.clone(), checksums, fenced.clone());
             // Somebody else may have been confirmed meanwhile; then that one is the earlier one.
             if self.insert(&session, earlier.as_ref())? {
                 return Ok((session, fenced));
@@ -206,6 +209,7 @@ impl Inbound {
             stops: session.stops.clone(),
             sink: session.clone(),
             pulse: session.pulse.clone(),
+            checksums: session.checksums,
         };
         // Not under the lock: a lane may close, and say so, before this returns.
         let open = self.carriers.serve(stream, setup);
@@ -286,10 +290,16 @@ impl Inbound {
 }
 
 impl InboundSession {
-    fn new(initiator: Incarnation, label: String, inherited: Vec<(LaneId, LaneRecord)>) -> Arc<Self> {
+    fn new(
+        initiator: Incarnation,
+        label: String,
+        checksums: bool,
+        inherited: Vec<(LaneId, LaneRecord)>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             initiator,
             label,
+            checksums,
             stops: Stops::new(),
             pulse: Arc::default(),
             book: Mutex::new(Book { inherited, ..Book::default() }),
