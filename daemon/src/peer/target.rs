@@ -233,13 +233,20 @@ impl Conversation {
                     life.judge(session.pulse(), Life::overslept(judge_at), &timing)
                 }
                 Some(_) = jobs.join_next() => Ok(()),
-                () = session.superseded() => Err(Failure::new(Reason::ConnectionLost, "superseded by a newer session")),
+                () = session.superseded() => Err(self.superseded()),
                 failure = closed(closing.clone()) => Err(failure),
             };
             if let Err(failure) = step {
                 return failure;
             }
         }
+    }
+
+    /// A newer session has taken its place, or all sessions end: then the peer must hear of that, for what it thinks
+    /// is only a lost stream it opens again.
+    fn superseded(&self) -> Failure {
+        let closing = self.closing.borrow().clone();
+        closing.unwrap_or_else(|| Failure::new(Reason::ConnectionLost, "superseded by a newer session"))
     }
 
     /// So that transfers which are hit end at once. The proof does not need it: the gate refuses their parts.
