@@ -242,8 +242,7 @@ impl Conversation {
         }
     }
 
-    /// A newer session has taken its place, or all sessions end: then the peer must hear of that, for what it thinks
-    /// is only a lost stream it opens again.
+    /// A newer session has taken its place, or all sessions end: then the peer hears why.
     fn superseded(&self) -> Failure {
         let closing = self.closing.borrow().clone();
         closing.unwrap_or_else(|| Failure::new(Reason::ConnectionLost, "superseded by a newer session"))
