@@ -101,9 +101,9 @@ fn c1_a_killed_target_is_gone_within_a_second_and_its_peers_are_told() {
     // What the peer was told, while its transfer still hopes that the engine comes back.
     let told = loop {
         let left = TOLD.saturating_sub(killed.elapsed());
-        match events.recv_timeout(left).expect("its peer is told within a second") {
-            Event::SessionChanged { cause: Some(cause), .. } => break cause,
-            _ => {}
+        let event = events.recv_timeout(left).expect("its peer is told within a second");
+        if let Event::SessionChanged { cause: Some(cause), .. } = event {
+            break cause;
         }
     };
     assert!([Reason::EngineGone, Reason::ConnectionLost].contains(&told.reason), "{told:?}");
