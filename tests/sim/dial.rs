@@ -19,6 +19,7 @@ use super::{
     daemon::{Link, Session, SessionKey, Sink},
     lanes::{Wire, WireId},
     stream::{Down, Stream, StreamId, Up},
+    target::CHECKSUMS,
     world::{Happening, SILENCE_US, World},
 };
 
@@ -179,7 +180,8 @@ impl World {
         };
         let Some(daemon) = &self.nodes[home].daemon else { return };
         let sink = Arc::new(Sink(key, daemon.mail.clone()));
-        let open = daemon.carriers.initiate(ours, InitiatorSetup { lane, kind, memory, sink, pulse });
+        let setup = InitiatorSetup { lane, kind, memory, sink, pulse, checksums: CHECKSUMS };
+        let open = daemon.carriers.initiate(ours, setup);
         self.count(if kind == LaneKind::Write { "write lane opened" } else { "read lane opened" });
         if let Some(session) = self.session(key) {
             session.lanes.insert(lane, open);

@@ -130,7 +130,8 @@ fn resources(
     let sampled = registrar.clone();
     let metrics = Metrics::new(move || sample(&sampled));
     let spin = Duration::from_micros(config.tcp.spin_us);
-    let carriers = Carriers::start(config.tcp.threads, spin).map_err(internal("the lane threads"))?;
+    let carriers = Carriers::counting(config.tcp.threads, spin, &metrics.damaged_parts)
+        .map_err(internal("the lane threads"))?;
     let copies = CopyPool::start(config.local.threads).map_err(internal("the copy threads"))?;
     let ports = PortSettings {
         bind: config.endpoint.bind_host,

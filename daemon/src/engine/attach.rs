@@ -107,7 +107,7 @@ impl Node {
         let terms = Terms {
             boot: resources.boot,
             key: request.key.clone(),
-            capabilities: identity::capabilities(&allowed),
+            capabilities: identity::capabilities(&allowed, config.tcp.checksum),
             secret: resources.secret.clone(),
             timing,
             handshake: config.endpoint.handshake_timeout(),
@@ -133,6 +133,7 @@ impl Node {
             own: session_id.clone(),
             memory: memory.clone(),
             allowed,
+            checksum: config.tcp.checksum,
             secret: resources.secret.clone(),
             timing,
             limit_slices: config.limits.slices as u64,

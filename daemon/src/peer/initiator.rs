@@ -218,8 +218,9 @@ impl Driver {
                 self.feed(Event::OpenFailed(failure));
             }
             Feedback::Connected(number, connection) if number == self.link_number => {
-                let super::client::Connection { opened, address, to_target, from_target } = *connection;
-                let mut link = Link::new(number, opened.incarnation, address, to_target);
+                let super::client::Connection { opened, address, checksums, to_target, from_target } =
+                    *connection;
+                let mut link = Link::new(number, opened.incarnation, address, checksums, to_target);
                 link.listen(from_target, self.feedback.clone(), &mut self.tasks);
                 self.link = Some(link);
                 self.feed(Event::Opened(Box::new(opened)));

@@ -52,6 +52,7 @@ pub(super) struct Link {
     number: LinkNumber,
     incarnation: Incarnation,
     address: SocketAddr,
+    checksums: bool,
     to_target: mpsc::Sender<wire::ToTarget>,
     /// Reads the stream; ended with the link, so that an abandoned stream holds no descriptor.
     listener: Option<AbortHandle>,
@@ -66,12 +67,14 @@ impl Link {
         number: LinkNumber,
         incarnation: Incarnation,
         address: SocketAddr,
+        checksums: bool,
         to_target: mpsc::Sender<wire::ToTarget>,
     ) -> Self {
         Self {
             number,
             incarnation,
             address,
+            checksums,
             to_target,
             listener: None,
             pulse: Pulse::new(),
@@ -87,6 +90,11 @@ impl Link {
 
     pub(super) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Payload on tcp lanes is summed.
+    pub(super) fn checksums(&self) -> bool {
+        self.checksums
     }
 
     pub(super) fn pulse(&self) -> Arc<Pulse> {

@@ -79,6 +79,7 @@ impl Inbound {
         &self,
         initiator: Incarnation,
         label: String,
+        checksums: bool,
     ) -> Result<(Arc<InboundSession>, Vec<(LaneId, LaneRecord)>), Failure> {
         loop {
             let earlier = self.table().sessions.get(&initiator).cloned();
@@ -89,7 +90,7 @@ impl Inbound {
                 }
                 None => Vec::new(),
             };
-            let session = InboundSession::new(initiator, label.clone(), fenced.clone());
+            let session = InboundSession::new(initiator, label.clone(), checksums, fenced.clone());
             // Somebody else may have been confirmed meanwhile; then that one is the earlier one.
             if self.insert(&session, earlier.as_ref())? {
                 return Ok((session, fenced));
@@ -172,6 +173,7 @@ impl Inbound {
             stops: session.stops.clone(),
             sink: session.clone(),
             pulse: session.pulse.clone(),
+            checksums: session.checksums,
         };
         // Not under the lock: a lane may close, and say so, before this returns.
         let open = self.carriers.serve(stream, setup);

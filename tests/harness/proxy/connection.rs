@@ -33,6 +33,8 @@ pub(super) struct Record {
     to_target: Flow,
     to_client: Flow,
     ended: AtomicBool,
+    /// Nothing passes over this one.
+    held: AtomicBool,
     /// The begin of the stream to the target, at most a chunk.
     head: Mutex<Vec<u8>>,
     /// The end of it, of a data connection.
@@ -64,6 +66,7 @@ impl Record {
             to_target: Flow::default(),
             to_client: Flow::default(),
             ended: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             head: Mutex::default(),
             kept: Mutex::default(),
             replays,
@@ -95,6 +98,11 @@ impl Record {
         let bytes = kept[kept.len() - length as usize..].to_vec();
         self.replays.try_send(bytes).context("the connection is over")?;
         Ok(length)
+    }
+
+    /// Seen by its pumps at the next change of the controls.
+    pub(super) fn hold(&self, on: bool) {
+        self.held.store(on, SeqCst);
     }
 
     pub(super) fn head(&self) -> Vec<u8> {
@@ -247,7 +255,9 @@ impl Pump<'_> {
         }
         // A black hole swallows the end of a connection too. The sender is kept by the handle, which outlives
         // this task: an error cannot mean "go on".
-        if self.controls.wait_for(|controls| !controls.hold[toward as usize]).await.is_err() {
+        let held = &self.record.held;
+        let opens = |controls: &Controls| !controls.hold[toward as usize] && !held.load(SeqCst);
+        if self.controls.wait_for(opens).await.is_err() {
             return Ok(Next::Cut(Cut::Fin));
         }
         let read = read?;

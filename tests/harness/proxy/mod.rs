@@ -249,6 +249,18 @@ impl Proxy {
         self.controls.send_modify(|controls| controls.delay[toward as usize] = by);
     }
 
+    /// A black hole for the n-th data connection alone, from 0 in the order of [`Proxy::data`]: a rail that hangs.
+    ///
+    /// # Panics
+    /// When there is no such connection.
+    pub fn hold_data(&self, nth: usize, on: bool) {
+        let records = self.shared.records();
+        let mut data = records.iter().filter(|record| record.kind() == Some(Kind::Data));
+        data.nth(nth).expect("so many data connections").hold(on);
+        // The pumps look at the record when the controls change.
+        self.controls.send_modify(|_| ());
+    }
+
     /// Limits each data connection to so many bytes a second in each direction.
     pub fn throttle(&self, bytes_per_second: Option<u64>) {
         self.controls.send_modify(|controls| controls.throttle = bytes_per_second);

@@ -270,3 +270,22 @@ fn a_storm_cuts_each_connection_at_a_byte_of_its_own() {
     client.write_all(&[b'K'; 60_000]).unwrap();
     read(&mut server, 60_000);
 }
+
+#[test]
+fn one_data_connection_is_held_and_the_others_go_on() {
+    let line = Line::new();
+    let (mut first, mut first_server) = line.connect();
+    first.write_all(b"K1").unwrap();
+    assert_eq!(read(&mut first_server, 2), b"K1");
+    let (mut second, mut second_server) = line.connect();
+    second.write_all(b"K2").unwrap();
+    assert_eq!(read(&mut second_server, 2), b"K2");
+    line.proxy.hold_data(0, true);
+    first.write_all(b"late").unwrap();
+    second.write_all(b"now").unwrap();
+    assert_eq!(read(&mut second_server, 3), b"now");
+    crate::eventually("the first one's bytes are inside", LIMIT, || line.proxy.data()[0].held == 4);
+    assert_eq!(line.proxy.data()[0].to_target, 2);
+    line.proxy.hold_data(0, false);
+    assert_eq!(read(&mut first_server, 4), b"late");
+}

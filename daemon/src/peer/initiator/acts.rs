@@ -81,6 +81,7 @@ impl Driver {
                 own: &context.own,
                 expected,
                 allowed: &context.allowed,
+                checksum: context.checksum,
                 secret: context.secret.as_ref(),
                 timeout: context.timing.silence,
             };
@@ -158,6 +159,7 @@ impl Driver {
             memory: self.context.memory.clone(),
             sink: self.sink.clone(),
             pulse: link.pulse(),
+            checksums: link.checksums(),
         };
         let open = Lane::Tcp(self.context.carriers.initiate(stream, setup));
         let event = self.lane_opened(lane, OpenLane { lane: open, kind, path: PathKind::Tcp });

@@ -26,6 +26,8 @@ pub(super) const MAX_RECORDS: usize = 1024;
 pub struct InboundSession {
     pub(super) initiator: Incarnation,
     label: String,
+    /// Payload on its lanes is summed.
+    pub(super) checksums: bool,
     pub(super) stops: Arc<Stops>,
     pub(super) pulse: Arc<Pulse>,
     book: Mutex<Book>,
@@ -55,11 +57,13 @@ impl InboundSession {
     pub(super) fn new(
         initiator: Incarnation,
         label: String,
+        checksums: bool,
         inherited: Vec<(LaneId, LaneRecord)>,
     ) -> Arc<Self> {
         Arc::new(Self {
             initiator,
             label,
+            checksums,
             stops: Stops::new(),
             pulse: Pulse::new(),
             book: Mutex::new(Book { inherited, ..Book::default() }),

@@ -50,6 +50,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prometheus_client::metrics::counter::Counter;
+
 pub use by_hand::HandCarrier;
 pub use stops::Stops;
 pub use wire::{PREFACE_BYTES, Preface, Violation, WINDOW_PARTS};
@@ -119,6 +121,8 @@ pub struct InitiatorSetup {
     pub sink: Arc<dyn LaneSink>,
     /// The session's.
     pub pulse: Arc<Pulse>,
+    /// Payload is summed: agreed on when the session was opened.
+    pub checksums: bool,
 }
 
 /// A target's end to be.
@@ -136,6 +140,8 @@ pub struct TargetSetup {
     pub sink: Arc<dyn TargetSink>,
     /// The session's.
     pub pulse: Arc<Pulse>,
+    /// Payload is summed: agreed on when the session was opened.
+    pub checksums: bool,
 }
 
 /// The threads that carry TCP lanes.
@@ -157,8 +163,13 @@ impl Carriers {
     /// Starts so many threads, named `lane-0` and up; at least one. While work is dense they look for more of
     /// it for up to `spin` before they sleep.
     pub fn start(threads: usize, spin: Duration) -> std::io::Result<Self> {
-        let threads =
-            (0..threads.max(1)).map(|number| Thread::start(number, spin)).collect::<std::io::Result<_>>()?;
+        Self::counting(threads, spin, &Counter::default())
+    }
+
+    /// The same, and parts whose payload arrived changed are counted.
+    pub fn counting(threads: usize, spin: Duration, damaged: &Counter) -> std::io::Result<Self> {
+        let thread = |number| Thread::start(number, spin, damaged.clone());
+        let threads = (0..threads.max(1)).map(thread).collect::<std::io::Result<_>>()?;
         Ok(Self { threads, next_key: AtomicU64::new(1) })
     }
 
@@ -168,7 +179,8 @@ impl Carriers {
         let inbox = Arc::new(Inbox::new()?);
         let alive = Arc::new(AtomicBool::new(true));
         let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
-        let hand = HandCarrier::new(Carrier::new(inbox.clone(), Duration::ZERO)?, farewell);
+        let hand =
+            HandCarrier::new(Carrier::new(inbox.clone(), Duration::ZERO, Counter::default())?, farewell);
         let thread = Thread { inbox, lanes: Arc::default(), alive, handle: None };
         Ok((Self { threads: vec![thread], next_key: AtomicU64::new(1) }, hand))
     }
@@ -233,10 +245,10 @@ impl Drop for Carriers {
 }
 
 impl Thread {
-    fn start(number: usize, spin: Duration) -> std::io::Result<Self> {
+    fn start(number: usize, spin: Duration, damaged: Counter) -> std::io::Result<Self> {
         let inbox = Arc::new(Inbox::new()?);
         let alive = Arc::new(AtomicBool::new(true));
-        let carrier = Carrier::new(inbox.clone(), spin)?;
+        let carrier = Carrier::new(inbox.clone(), spin, damaged)?;
         let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
         let serve = move || {
             let _farewell = farewell;

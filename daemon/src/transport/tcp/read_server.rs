@@ -50,7 +50,7 @@ impl ReadServer {
             meter,
             admission: Admission::new(setup.memory, stops),
             requests: SmallIn::new(REQUEST_BYTES),
-            out: Outgoing::default(),
+            out: Outgoing::new(setup.checksums),
             current: None,
             refusals: Refusals::default(),
             processed: 0,
