@@ -12,7 +12,7 @@ use crate::{
 };
 
 const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(15);
+pub const LIMIT: Duration = Duration::from_secs(15);
 
 /// A small window, so that what a cut can cost is far from the whole.
 pub const WINDOW: u64 = 8 * MIB;

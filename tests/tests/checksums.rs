@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use harness::{
-    faulty::{CONFIG, Faulty, WINDOW, megabytes},
+    eventually,
+    faulty::{CONFIG, Faulty, LIMIT, WINDOW, megabytes},
     metrics::counted,
     proxy::{Fault, Kind, Rule},
     scene::{assert_reason, done, failed, once},
@@ -32,7 +33,7 @@ fn b3_a_flipped_byte_is_detected_retried_and_counted() {
     faulty.scene.verify("after damage on the wire");
     assert_eq!(report.attempts, 2, "{report:?}");
     assert!((1..=WINDOW).contains(&report.bytes_resent), "{report:?}");
-    assert_eq!(faulty.lanes_lost(), 1, "its lane was closed");
+    eventually("its lane is closed", LIMIT, || faulty.lanes_lost() == 1);
     assert_eq!(counted(faulty.scene.nodes.target(), DAMAGED), 1);
 }
 

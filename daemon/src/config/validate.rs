@@ -62,7 +62,7 @@ fn ranges(config: &Config, check: &mut Check<'_>) {
         ("tcp.lanes", tcp.lanes as u64, 1, 16),
         ("tcp.threads", tcp.threads as u64, 1, 256),
         ("tcp.window_parts", tcp.window_parts as u64, 1, 1024),
-        ("tcp.spin_us", tcp.spin_us, 0, 100_000),
+        ("tcp.spin_us", tcp.spin_us, 0, 10_000),
         ("local.threads", local.threads as u64, 1, 256),
         // The wire counts the slices of a transfer, and the regions of a part, in fields of this size.
         ("limits.slices", limits.slices as u64, 1, u32::MAX.into()),

@@ -137,7 +137,7 @@ impl Carrier {
         keys.into_iter().for_each(|key| self.close(key, Failure::plain(Reason::Draining)));
     }
 
-    /// Carries out what the inbox holds, until nothing has come meanwhile: only then will the bell ring again.
+    /// Carries out what the inbox holds, until nothing has come meanwhile: a thread that goes to sleep is rung.
     /// That ends, because sessions submit no more than their windows before they hear from a socket. False
     /// when all is to end.
     fn obey(&mut self) -> bool {
@@ -181,7 +181,10 @@ impl Carrier {
         }
         self.poll(events, limit)?;
         self.inbox.awake();
-        self.spin.slept(idle.elapsed());
+        // Without an event it was woken to look at the rules, which is no work.
+        if !events.is_empty() {
+            self.spin.slept(idle.elapsed());
+        }
         Ok(())
     }
 
