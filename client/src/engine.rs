@@ -145,7 +145,8 @@ impl Engine {
     }
 
     /// Ends a transfer. The memory is the caller's again only once this says [`Settlement::Settled`]; call
-    /// again to wait on. The call that carries the transfer returns its report in any case.
+    /// again to wait on. The call that carries the transfer returns its report in any case, with what the peer
+    /// said of its half; this answer does not wait for it.
     ///
     /// # Errors
     /// [`Error::Refused`] for an id that the daemon does not know (any more).

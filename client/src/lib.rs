@@ -75,6 +75,7 @@ mod pipe;
 mod reattach;
 mod regions;
 mod revocations;
+mod settling;
 mod submit;
 mod transfer;
 mod unsettled;

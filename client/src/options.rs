@@ -43,7 +43,8 @@ pub struct Policy {
     pub attempts: Option<u32>,
     /// Added once more before each further try.
     pub backoff: Option<Duration>,
-    /// Outages in a row, each with a transfer given up, that fail a session; 1 is fail fast.
+    /// Outages in a row, each with a transfer given up, that fail a session; 1 is fail fast. A transfer's own holds
+    /// where that transfer is given up; the session is FAILED for all then.
     pub failure_threshold: Option<u32>,
     /// From receipt of a transfer to its end, settling not included.
     pub deadline: Option<Duration>,

@@ -12,6 +12,7 @@ mod convert;
 pub mod domain;
 mod durable;
 pub mod engine;
+mod kernel;
 pub mod memory;
 pub mod peer;
 pub mod policy;

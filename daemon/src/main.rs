@@ -33,13 +33,21 @@ fn main() -> ExitCode {
     }
 }
 
-/// One thread is the main one, with a scheduler that need not wake others.
+/// Threads for what must not hold up the control runtime: plans of large transfers, names to be resolved.
+const HELPERS: usize = 64;
+const FOR_GOOD: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// One thread is the main one, with a scheduler that need not wake others. The first helper is begun at once and
+/// none ever ends: where no further thread can be had, one that is there does the work.
 fn control_runtime(threads: usize) -> std::io::Result<tokio::runtime::Runtime> {
     let mut builder = match threads {
         1 => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
-    builder.worker_threads(threads).thread_name("control").enable_all().build()
+    builder.worker_threads(threads).thread_name("control").enable_all();
+    let runtime = builder.max_blocking_threads(HELPERS).thread_keep_alive(FOR_GOOD).build()?;
+    runtime.spawn_blocking(|| ());
+    Ok(runtime)
 }
 
 async fn run(config: Config) -> ExitCode {

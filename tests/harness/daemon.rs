@@ -29,6 +29,7 @@ pub struct Launch {
     environment: Vec<(String, String)>,
     admin: String,
     prefix: Vec<String>,
+    host: String,
     ports: (u16, u16),
     state_dir: PathBuf,
 }
@@ -46,6 +47,7 @@ impl Launch {
             environment: Vec::new(),
             admin: "127.0.0.1:0".to_owned(),
             prefix: Vec::new(),
+            host: "127.0.0.1".to_owned(),
             ports: ports(),
             state_dir,
         })
@@ -84,6 +86,12 @@ impl Launch {
     /// A program that runs the daemon, with its arguments: `strace -cf -o FILE`.
     pub fn under(mut self, program: &[&str]) -> Self {
         self.prefix = program.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    /// Another address than 127.0.0.1 for endpoints: beyond loopback the configuration must allow it.
+    pub fn host(mut self, address: &str) -> Self {
+        address.clone_into(&mut self.host);
         self
     }
 
@@ -128,7 +136,7 @@ impl Launch {
             .arg(&self.socket)
             .arg("--state-dir")
             .arg(&self.state_dir)
-            .args(["--bind-host", "127.0.0.1", "--advertise-host", "127.0.0.1"])
+            .args(["--bind-host", &self.host, "--advertise-host", &self.host])
             .args(["--endpoint-ports", &format!("{first}-{last}"), "--admin", &self.admin])
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
@@ -267,6 +275,11 @@ impl Daemon {
             thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+
+    /// What the next one runs under ([`Launch::under`]); nothing: by itself.
+    pub fn set_under(&mut self, program: &[&str]) {
+        self.launch.prefix = program.iter().map(|&word| word.to_owned()).collect();
     }
 
     /// Kills it and starts another with the same files, socket, configuration and ports.

@@ -14,6 +14,8 @@ pub mod engine;
 pub mod faulty;
 pub mod handover;
 pub mod late;
+pub mod metrics;
+pub mod netpath;
 pub mod oracle;
 pub mod painter;
 pub mod pairwise;
@@ -25,6 +27,7 @@ pub mod scene;
 #[path = "../sim/mod.rs"]
 pub mod sim;
 pub mod soak;
+pub mod stranger;
 pub mod wire;
 
 use std::{

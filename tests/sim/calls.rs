@@ -220,6 +220,7 @@ impl World {
             op,
             request: Arc::new(Request::Slices(batch)),
             local,
+            failure_threshold: None,
             tag,
             policy,
             received,

@@ -11,7 +11,7 @@ use kvferryd::{
     },
     transport::{
         LaneKind,
-        tcp::{InitiatorSetup, Preface},
+        tcp::{InitiatorSetup, Preface, Pulse},
     },
 };
 
@@ -19,6 +19,7 @@ use super::{
     daemon::{Link, Session, SessionKey, Sink},
     lanes::{Wire, WireId},
     stream::{Down, Stream, StreamId, Up},
+    target::CHECKSUMS,
     world::{Happening, SILENCE_US, World},
 };
 
@@ -138,7 +139,7 @@ impl World {
         if let Some(stream) = self.streams.get_mut(&stream) {
             stream.dialled = true;
         }
-        let link = Link { stream, pulse: Arc::default(), heard: 0, last_life_us: self.now_us };
+        let link = Link { stream, pulse: Pulse::new(), heard: 0, last_life_us: self.now_us };
         if let Some(session) = self.session(key) {
             session.link = Some(link);
         }
@@ -179,7 +180,8 @@ impl World {
         };
         let Some(daemon) = &self.nodes[home].daemon else { return };
         let sink = Arc::new(Sink(key, daemon.mail.clone()));
-        let open = daemon.carriers.initiate(ours, InitiatorSetup { lane, kind, memory, sink, pulse });
+        let setup = InitiatorSetup { lane, kind, memory, sink, pulse, checksums: CHECKSUMS };
+        let open = daemon.carriers.initiate(ours, setup);
         self.count(if kind == LaneKind::Write { "write lane opened" } else { "read lane opened" });
         if let Some(session) = self.session(key) {
             session.lanes.insert(lane, open);

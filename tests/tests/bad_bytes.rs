@@ -1,5 +1,5 @@
-//! Garbage, half greetings and silence on everything that listens: the daemon closes what says nothing sensible,
-//! keeps nothing of it, and serves on.
+//! D5. Garbage, half greetings, too much and silence on everything that listens: the daemon closes what says nothing
+//! sensible, keeps nothing of it, and serves on.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
@@ -67,7 +67,7 @@ fn forgets(daemon: &Daemon, before: usize) {
 }
 
 #[test]
-fn garbage_on_an_endpoint() {
+fn d5_garbage_on_an_endpoint() {
     let mut scene = Scene::with_config(Path::Tcp, 1 << 20, CONFIG).unwrap();
     serves_on(&mut scene);
     let before = scene.nodes.target().process().descriptors().unwrap();
@@ -84,7 +84,7 @@ fn garbage_on_an_endpoint() {
 }
 
 #[test]
-fn half_a_preface_or_none_on_an_endpoint() {
+fn d5_half_a_preface_or_none_on_an_endpoint() {
     let mut scene = Scene::with_config(Path::Tcp, 1 << 20, CONFIG).unwrap();
     serves_on(&mut scene);
     let before = scene.nodes.target().process().descriptors().unwrap();
@@ -107,7 +107,7 @@ fn half_a_preface_or_none_on_an_endpoint() {
 }
 
 #[test]
-fn garbage_and_silence_on_both_unix_sockets() {
+fn d5_garbage_and_silence_on_both_unix_sockets() {
     let mut scene = Scene::with_config(Path::Local, 1 << 20, CONFIG).unwrap();
     serves_on(&mut scene);
     let daemon = scene.nodes.initiator();
@@ -130,7 +130,7 @@ fn garbage_and_silence_on_both_unix_sockets() {
 }
 
 #[test]
-fn garbage_in_a_flood() {
+fn d5_garbage_in_a_flood() {
     let mut scene = Scene::with_config(Path::Tcp, 1 << 20, CONFIG).unwrap();
     serves_on(&mut scene);
     let target = scene.nodes.target();
@@ -141,5 +141,78 @@ fn garbage_in_a_flood() {
     }
     let after = target.process().resident().unwrap();
     assert!(after < before + (64 << 20), "{before} -> {after} bytes resident");
+    serves_on(&mut scene);
+}
+
+/// Where a daemon listens with a port, and how a stranger reaches it.
+fn admin(daemon: &Daemon) -> String {
+    let admin = daemon.node().unwrap().info().unwrap().admin;
+    admin.strip_prefix("http://").unwrap().to_owned()
+}
+
+#[test]
+fn d5_garbage_and_silence_on_the_admin_port() {
+    let mut scene = Scene::with_config(Path::Tcp, 1 << 20, CONFIG).unwrap();
+    serves_on(&mut scene);
+    let daemon = scene.nodes.target();
+    let address = admin(daemon);
+    let before = daemon.process().descriptors().unwrap();
+    let silent: Vec<_> = (0..20).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    for bytes in greetings().into_iter().filter(|bytes| !bytes.starts_with(b"GET")) {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let _ = stream.write_all(&bytes);
+        assert!(closed(&mut stream), "{:02x?} is listened to for ever", &bytes[..8]);
+    }
+    drop(silent);
+    forgets(daemon, before);
+    let mut stream = TcpStream::connect(&address).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    serves_on(&mut scene);
+}
+
+/// A proper beginning and then no end of it, on every kind of socket: nobody collects what has no place to go.
+#[test]
+fn d5_oversized_messages_on_every_port_cost_bounded_memory() {
+    const SAID: usize = 64 << 20;
+    let mut scene = Scene::with_config(Path::Tcp, 1 << 20, CONFIG).unwrap();
+    serves_on(&mut scene);
+    let target = scene.nodes.target();
+    let before = target.process().resident().unwrap();
+    // An HTTP/2 preface, SETTINGS, and a gRPC message that says it is 4 GiB long, as DATA of a stream nobody opened;
+    // a header line that never ends; a lane's preface followed by everything.
+    let http2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00".to_vec();
+    let data = [&http2[..], b"\xff\xff\xff\x00\x00\x00\x00\x00\x01\x00\xff\xff\xff\xff"].concat();
+    let header = b"GET /metrics HTTP/1.1\r\nX: ".to_vec();
+    let (endpoint, admin) = (scene.session().to_owned(), admin(target));
+    let unix = [target.socket().to_owned(), target.fd_socket()];
+    let flood = |stream: &mut dyn Write, begin: &[u8]| {
+        let chunk = vec![b'x'; 1 << 20];
+        // It is cut off long before, where it is not merely passed over.
+        let mut sent = stream.write_all(begin);
+        for _ in 0..SAID / chunk.len() {
+            sent = sent.and_then(|()| stream.write_all(&chunk));
+        }
+    };
+    let tcp = |address: &str| {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+        stream
+    };
+    flood(&mut tcp(&endpoint), &data);
+    flood(&mut tcp(&endpoint), b"KVFL");
+    flood(&mut tcp(&admin), &header);
+    for socket in &unix {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+        flood(&mut stream, if *socket == unix[0] { &data } else { b"KVFD" });
+    }
+    let after = target.process().resident().unwrap();
+    println!("{before} -> {after} bytes resident");
+    assert!(after < before + (16 << 20), "{before} -> {after} bytes resident");
     serves_on(&mut scene);
 }

@@ -119,7 +119,7 @@ fn fields_that_make_no_sense() {
 }
 
 #[test]
-fn a_token_that_is_nobodys() {
+fn k1_a_token_that_is_nobodys() {
     let bare = Bare::new();
     let stolen = vec![0x5a; 32];
     for token in [Vec::new(), vec![1], stolen.clone()] {
@@ -141,7 +141,7 @@ fn a_token_that_is_nobodys() {
 }
 
 #[test]
-fn another_engines_token_reaches_only_that_engine() {
+fn k1_another_engines_token_reaches_only_that_engine() {
     let bare = Bare::new();
     let other = RawEngine::attach(bare.daemon.socket()).unwrap();
     bare.registers_a_good_one(1);
@@ -184,7 +184,7 @@ fn refused_memory(bare: &Bare, fd: &OwnedFd, length: u64, offset: u64) -> Reason
 }
 
 #[test]
-fn a_memfd_that_can_shrink() {
+fn g5_a_memfd_that_can_shrink() {
     let bare = Bare::new();
     let unsealed = handover::memfd(LENGTH, MemfdFlags::empty(), SealFlags::empty()).unwrap();
     assert_eq!(refused_memory(&bare, &unsealed, LENGTH, 0), Reason::UnsupportedMemory);
@@ -192,7 +192,7 @@ fn a_memfd_that_can_shrink() {
 }
 
 #[test]
-fn a_memfd_of_huge_pages() {
+fn g5_a_memfd_of_huge_pages() {
     let bare = Bare::new();
     match handover::memfd(2 << 20, MemfdFlags::HUGETLB, SealFlags::SHRINK) {
         Ok(huge) => {
@@ -204,7 +204,7 @@ fn a_memfd_of_huge_pages() {
 }
 
 #[test]
-fn a_memfd_shorter_than_claimed() {
+fn g5_a_memfd_shorter_than_claimed() {
     let bare = Bare::new();
     let fd = || handover::memfd(LENGTH, MemfdFlags::empty(), SealFlags::SHRINK).unwrap();
     let accepted = [Reason::OutOfBounds, Reason::BadArgument];
@@ -225,7 +225,7 @@ fn a_memfd_shorter_than_claimed() {
 }
 
 #[test]
-fn a_descriptor_that_is_no_memfd() {
+fn g5_a_descriptor_that_is_no_memfd() {
     let bare = Bare::new();
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
     assert_eq!(refused_memory(&bare, &file, LENGTH, 0), Reason::UnsupportedMemory);

@@ -20,14 +20,14 @@ fn assert_names(refusal: &Refusal, key: &str) {
 }
 
 #[test]
-fn an_unknown_key() {
+fn j2_an_unknown_key() {
     assert_names(&refused("[retry]\natempts = 3\n"), "atempts");
     assert_names(&refused("[retries]\nattempts = 3\n"), "retries");
     assert_names(&refused("colour = \"blue\"\n"), "colour");
 }
 
 #[test]
-fn a_bad_value() {
+fn j2_a_bad_value() {
     assert_names(&refused("[retry]\nattempts = \"many\"\n"), "attempts");
     assert_names(&refused("[retry]\nattempts = 0\n"), "attempts");
     assert_names(&refused("[retry]\nattempts = -1\n"), "attempts");
@@ -37,14 +37,14 @@ fn a_bad_value() {
 }
 
 #[test]
-fn a_file_that_is_no_toml() {
+fn j2_a_file_that_is_no_toml() {
     let refusal = refused("[retry\nattempts = 3\n");
     assert_eq!(refusal.code, Some(2), "{}", refusal.said);
     assert!(refusal.said.contains("kvferryd.toml"), "the file is not named: {}", refusal.said);
 }
 
 #[test]
-fn a_bad_environment_variable_of_the_daemons_own() {
+fn j2_a_bad_environment_variable_of_the_daemons_own() {
     let launch = Launch::new().unwrap().env("KVFERRYD__RETRY__ATTEMPTS", "many");
     assert_names(&launch.refused().unwrap(), "attempts");
     let launch = Launch::new().unwrap().env("KVFERRYD__RETRY__ATEMPTS", "3");
@@ -68,7 +68,7 @@ fn what_is_meant_for_clients_does_not_disturb() {
 }
 
 #[test]
-fn a_socket_path_that_is_too_long() {
+fn j2_a_socket_path_that_is_too_long() {
     let folder = tempfile::tempdir().unwrap();
     let long = folder.path().join("s".repeat(200));
     let refusal = Launch::new().unwrap().socket(&long).refused().unwrap();
@@ -83,7 +83,7 @@ fn a_socket_path_that_is_too_long() {
 }
 
 #[test]
-fn a_path_that_leaves_no_room_for_the_fd_socket() {
+fn j2_a_path_that_leaves_no_room_for_the_fd_socket() {
     let folder = tempfile::tempdir().unwrap();
     // 107 bytes fit into an address; with `.fd` it is 108.
     let room = 105 - folder.path().as_os_str().len() - 1;
@@ -104,7 +104,7 @@ fn no_daemon_at_all() {
 }
 
 #[test]
-fn a_taken_admin_port_is_exit_code_3() {
+fn j2_a_taken_admin_port_is_exit_code_3() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let refusal = Launch::new().unwrap().admin(&address).refused().unwrap();
@@ -113,7 +113,7 @@ fn a_taken_admin_port_is_exit_code_3() {
 }
 
 #[test]
-fn a_second_daemon_on_a_live_socket_is_refused_and_the_first_unharmed() {
+fn j2_a_second_daemon_on_a_live_socket_is_refused_and_the_first_unharmed() {
     let first = Daemon::start().unwrap();
     let refusal = Launch::new().unwrap().socket(first.socket()).refused().unwrap();
     assert_eq!(refusal.code, Some(3), "{}", refusal.said);

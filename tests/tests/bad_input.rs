@@ -54,17 +54,17 @@ fn spoilt_slice(spoil: impl Fn(&mut Transfer, &Scene) + Copy, reason: Reason) {
 }
 
 #[test]
-fn an_unregistered_local_slice() {
+fn b2_an_unregistered_local_slice() {
     spoilt_slice(|transfer, _| transfer.slices.local[7] = NOWHERE, Reason::Unregistered);
 }
 
 #[test]
-fn an_unregistered_remote_slice() {
+fn b2_an_unregistered_remote_slice() {
     spoilt_slice(|transfer, _| transfer.slices.remote[7] = NOWHERE, Reason::Unregistered);
 }
 
 #[test]
-fn a_local_slice_that_leaves_its_region() {
+fn b2_a_local_slice_that_leaves_its_region() {
     let spoil = |transfer: &mut Transfer, scene: &Scene| {
         transfer.slices.local[7] = scene.initiator.pool.address() + LENGTH - 4095;
     };
@@ -72,7 +72,7 @@ fn a_local_slice_that_leaves_its_region() {
 }
 
 #[test]
-fn a_remote_slice_that_leaves_its_region() {
+fn b2_a_remote_slice_that_leaves_its_region() {
     let spoil = |transfer: &mut Transfer, scene: &Scene| {
         transfer.slices.remote[7] = scene.target.pool.address() + LENGTH - 4095;
     };
@@ -80,19 +80,19 @@ fn a_remote_slice_that_leaves_its_region() {
 }
 
 #[test]
-fn a_local_slice_that_wraps() {
+fn b2_a_local_slice_that_wraps() {
     let spoil = |transfer: &mut Transfer, _: &Scene| transfer.slices.local[7] = u64::MAX - 100;
     spoilt_slice(spoil, Reason::OutOfBounds);
 }
 
 #[test]
-fn a_remote_slice_that_wraps() {
+fn b2_a_remote_slice_that_wraps() {
     let spoil = |transfer: &mut Transfer, _: &Scene| transfer.slices.remote[7] = u64::MAX - 100;
     spoilt_slice(spoil, Reason::OutOfBounds);
 }
 
 #[test]
-fn a_length_that_wraps() {
+fn b2_a_length_that_wraps() {
     let spoil = |transfer: &mut Transfer, _: &Scene| {
         let mut lengths = vec![4096; 10];
         lengths[7] = u64::MAX;
@@ -102,7 +102,7 @@ fn a_length_that_wraps() {
 }
 
 #[test]
-fn memory_of_another_engine_is_not_local() {
+fn b2_memory_of_another_engine_is_not_local() {
     // Both engines live in one process and one daemon: only the registration tells whose the memory is.
     let mut scene = Scene::new(Path::Local, LENGTH).unwrap();
     let mut transfer = scene.write_to(scene.session(), &good_moves());
@@ -122,7 +122,7 @@ fn a_session_id_that_is_none() {
 }
 
 #[test]
-fn a_session_id_at_which_nobody_listens() {
+fn d1_a_session_id_at_which_nobody_listens() {
     // Bound and not listening: refuses, and nobody else gets the port.
     let mute = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     mute.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
@@ -175,7 +175,7 @@ fn an_empty_region() {
 }
 
 #[test]
-fn regions_that_overlap() {
+fn g4_regions_that_overlap() {
     let mut scene = scene();
     let pool = Pool::new(Kind::Process, LENGTH, Stamp::of(6)).unwrap();
     let address = pool.address();
@@ -194,7 +194,7 @@ fn regions_that_overlap() {
 }
 
 #[test]
-fn a_region_that_wraps() {
+fn b2_a_region_that_wraps() {
     let mut scene = scene();
     let wrapping = Memory::Process { address: u64::MAX - 4095, length: 8192 };
     let failure = refused_call(scene.initiator.engine.register(&[wrapping]));
@@ -204,7 +204,7 @@ fn a_region_that_wraps() {
 }
 
 #[test]
-fn unregistering_twice() {
+fn g4_unregistering_twice() {
     let mut scene = scene();
     let pool = Pool::new(Kind::Shared, LENGTH, Stamp::of(6)).unwrap();
     let region = scene.initiator.engine.register(&[pool.memory()]).unwrap()[0];
@@ -219,7 +219,7 @@ fn unregistering_twice() {
 }
 
 #[test]
-fn another_engines_region() {
+fn k1_another_engines_region() {
     let mut scene = Scene::new(Path::Local, LENGTH).unwrap();
     let pools: Vec<_> = (0..3).map(|_| Pool::new(Kind::Shared, LENGTH, Stamp::of(6)).unwrap()).collect();
     let memory: Vec<_> = pools.iter().map(Pool::memory).collect();
@@ -249,7 +249,7 @@ fn a_transfer_id_is_used_once() {
 }
 
 #[test]
-fn another_engines_transfer_id() {
+fn k1_another_engines_transfer_id() {
     let mut scene = scene();
     let session = scene.session().to_owned();
     let moves = good_moves();

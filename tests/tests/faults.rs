@@ -47,23 +47,23 @@ fn recovers_from_a_cut(op: Op, how: Cut) {
 }
 
 #[test]
-fn i2_a_write_recovers_from_a_reset() {
+fn b1_a_write_recovers_from_a_reset() {
     recovers_from_a_cut(Op::Write, Cut::Reset);
 }
 
 #[test]
-fn i2_a_write_recovers_from_a_closed_connection() {
+fn b1_a_write_recovers_from_a_closed_connection() {
     recovers_from_a_cut(Op::Write, Cut::Fin);
 }
 
 #[test]
-fn i2_a_read_recovers_from_a_reset() {
+fn b1_a_read_recovers_from_a_reset() {
     recovers_from_a_cut(Op::Read, Cut::Reset);
 }
 
 /// Progress is what counts: any number of cuts is survived as long as parts get through between them.
 #[test]
-fn i3_many_cuts_and_every_byte_right() {
+fn b1_many_cuts_and_every_byte_right() {
     const CUTS: u32 = 10;
     let mut faulty = Faulty::new(80 * MIB);
     faulty.proxy.script(cut(Toward::Target, 4 * MIB + 777, Cut::Reset, CUTS));
@@ -73,7 +73,7 @@ fn i3_many_cuts_and_every_byte_right() {
 }
 
 #[test]
-fn attempts_1_fails_at_the_first_cut() {
+fn b1_without_a_retry_a_cut_fails_with_the_bytes_counted() {
     let mut faulty = Faulty::new(80 * MIB);
     faulty.proxy.script(cut(Toward::Target, 10 * MIB + 1, Cut::Reset, 1));
     let moves = megabytes(64);
@@ -90,7 +90,7 @@ fn attempts_1_fails_at_the_first_cut() {
 
 /// The control connection dies with the lanes: the session opens again and the transfer carries on.
 #[test]
-fn i2_a_lost_session_is_opened_again() {
+fn b1_a_lost_session_is_opened_again() {
     let mut faulty = Faulty::new(80 * MIB);
     let moves = megabytes(32);
     let pending = faulty.begin(faulty.request(Op::Write, &moves));
@@ -154,7 +154,7 @@ fn i1_a_cancelled_read_lands_nowhere() {
 }
 
 #[test]
-fn cancelling_what_is_done_changes_nothing() {
+fn a6_cancelling_what_is_done_changes_nothing() {
     let mut faulty = Faulty::new(4 * MIB);
     let report = faulty.works(&megabytes(1));
     faulty.scene.initiator.engine.cancel(report.id).unwrap();
@@ -207,7 +207,7 @@ fn i1_what_a_black_hole_held_back_lands_nowhere() {
 }
 
 #[test]
-fn an_endpoint_that_went_away_is_given_up_within_the_reconnect_budget() {
+fn d1_an_endpoint_that_went_away_is_given_up_within_the_reconnect_budget() {
     let config = format!("{CONFIG}[retry]\nreconnect_ms = 1000\n");
     let mut faulty = Faulty::with_config(80 * MIB, &config);
     let moves = megabytes(32);
@@ -228,7 +228,7 @@ fn an_endpoint_that_went_away_is_given_up_within_the_reconnect_budget() {
 
 /// So many outages fail a session; then callers are told at once, and it heals by itself.
 #[test]
-fn a_failed_session_says_so_at_once_and_heals() {
+fn d1_a_failed_session_says_so_at_once_and_heals() {
     let config = format!("{CONFIG}[session]\nfailure_threshold = 2\n[retry]\nreconnect_ms = 300\n");
     let mut faulty = Faulty::with_config(4 * MIB, &config);
     let moves = megabytes(1);
@@ -261,7 +261,7 @@ fn a_failed_session_says_so_at_once_and_heals() {
 /// I4: an address proves nothing. Another engine answers at a known session id: it is refused, with no byte
 /// moved, until the engine says that it knows.
 #[test]
-fn i4_another_engine_at_a_pinned_session_id_is_refused_until_the_session_is_reset() {
+fn c3_another_engine_at_a_pinned_session_id_is_refused_until_the_session_is_reset() {
     let mut faulty = Faulty::new(4 * MIB);
     let moves = megabytes(1);
     faulty.works(&moves);
@@ -289,7 +289,7 @@ fn i4_another_engine_at_a_pinned_session_id_is_refused_until_the_session_is_rese
 
 /// The bytes of a whole acknowledged part come again on its lane, after its memory was given away.
 #[test]
-fn i2_a_repeated_part_lands_nowhere() {
+fn b4_a_repeated_part_lands_nowhere() {
     let mut faulty = Faulty::new(8 * MIB);
     faulty.works(&megabytes(1));
     faulty.proxy.drain(LIMIT);
@@ -307,7 +307,7 @@ fn i2_a_repeated_part_lands_nowhere() {
 
 /// One bit of damage where lanes and sessions begin: refused, opened again, nothing wrong.
 #[test]
-fn i4_a_damaged_greeting_is_refused_and_the_transfer_recovers() {
+fn d5_a_damaged_greeting_is_refused_and_the_transfer_recovers() {
     for (kind, at) in [(Kind::Data, 5), (Kind::Data, 20), (Kind::Data, 51), (Kind::Control, 3)] {
         let mut faulty = Faulty::new(4 * MIB);
         faulty.proxy.script(Rule { kind, fault: Fault::Flip { at }, times: 1 });

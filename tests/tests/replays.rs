@@ -1,6 +1,6 @@
 //! What was said before, said again: by a stranger who listened, or by a caller who changed his mind too late.
 //!
-//! Named after the rows of the fault list: A2, A6, B4, C7b.
+//! Named after the rows of the fault list: A2, A6, B4, C7, C7b.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
@@ -17,8 +17,10 @@ use harness::{
     pattern::Stamp,
     proxy::Kind,
     scene::{assert_reason, done, failed, once},
+    stranger::Stranger,
 };
 use kvferry_client::{Error, Op, Outcome, Reason, Transfer};
+use kvferry_proto::peer::v1::{self as wire, to_initiator::Message as Heard, to_target::Message as Said};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(15);
@@ -113,6 +115,78 @@ fn c7b_a_replayed_session_open_disturbs_nobody() {
         // Beyond the time of a handshake. The connections themselves end later, when they answer no ping.
         thread::sleep(Duration::from_millis(1500));
         drop(strangers);
+    });
+}
+
+/// C7. The messages of an opening in every order but the right one, each by somebody who could sign the right one:
+/// a typed refusal and the end of that stream; and the session that lives there does not notice.
+#[test]
+fn c7_handshake_messages_out_of_order_are_refused() {
+    let ready = || Said::Ready(wire::Ready {});
+    let no_confirm = || Said::Confirm(wire::Confirm { signature: vec![0; 64], proof: vec![] });
+    let request = || Said::LaneRequest(wire::LaneRequest { lane_id: 1, kind: 1, path: 2 });
+    let beat = || Said::Beat(wire::Beat { sequence: 1 });
+    undisturbed(Kind::Control, |faulty, _| {
+        let endpoint = faulty.scene.session();
+        let stranger = || Stranger::connect(endpoint, [7; 32]).unwrap();
+        let refused = |what: &str, stranger: Stranger| {
+            let reason = stranger.refused().unwrap_or_else(|error| panic!("{what}: {error:#}"));
+            assert_eq!(reason, Reason::HandshakeFailed, "{what}");
+        };
+        for (what, first) in
+            [("confirm", no_confirm()), ("ready", ready()), ("request", request()), ("beat", beat())]
+        {
+            let one = stranger();
+            one.say(first);
+            one.say(one.open());
+            refused(&format!("{what}, then open"), one);
+        }
+        for (what, second) in
+            [("ready", ready()), ("confirm of nothing", no_confirm()), ("request", request())]
+        {
+            let mut one = stranger();
+            one.meet().unwrap();
+            one.say(second);
+            refused(&format!("open, then {what}"), one);
+        }
+        let mut twice = stranger();
+        twice.meet().unwrap();
+        twice.say(twice.open());
+        refused("open, open", twice);
+        let mut again = stranger();
+        let confirm = again.meet().and_then(|challenge| again.confirm(&challenge)).unwrap();
+        again.say(confirm.clone());
+        again.say(confirm);
+        refused("open, confirm, confirm", again);
+        let mut late = stranger();
+        let confirm = late.meet().and_then(|challenge| late.confirm(&challenge)).unwrap();
+        late.say(confirm);
+        late.say(ready());
+        late.say(late.open());
+        refused("open, confirm, ready, open", late);
+    });
+}
+
+/// C7. A good Confirm on another connection than its challenge's, or after the time of a handshake, is none.
+#[test]
+fn c7_a_confirm_from_elsewhere_or_too_late_is_refused() {
+    undisturbed(Kind::Control, |faulty, _| {
+        let stranger = || Stranger::connect(faulty.scene.session(), [7; 32]).unwrap();
+        let (mut one, mut other) = (stranger(), stranger());
+        let confirm = one.meet().and_then(|challenge| one.confirm(&challenge)).unwrap();
+        other.meet().unwrap();
+        other.say(confirm.clone());
+        assert_eq!(other.refused().unwrap(), Reason::HandshakeFailed);
+        thread::sleep(Duration::from_millis(1200));
+        one.say(confirm);
+        assert_eq!(one.refused().unwrap(), Reason::ConnectTimeout);
+        // Or the test would show nothing: in order and in time it is let in.
+        let mut proper = stranger();
+        let confirm = proper.meet().and_then(|challenge| proper.confirm(&challenge)).unwrap();
+        proper.say(confirm);
+        assert!(matches!(proper.hear().unwrap(), Heard::Accept(_)));
+        proper.say(Said::Ready(wire::Ready {}));
+        assert!(matches!(proper.hear().unwrap(), Heard::Welcome(_)));
     });
 }
 

@@ -136,17 +136,36 @@ impl Trio {
         Transfer { policy: once(), ..transfer }
     }
 
-    /// The slowest of the transfers to the healthy peer while `during` is going on.
-    fn slowest_meanwhile(&self, during: impl FnOnce() + Send) -> Duration {
+    /// What the transfers to the healthy peer take while `during` is going on, in order of size.
+    fn healthy_meanwhile(&self, during: impl FnOnce() + Send) -> Vec<Duration> {
         let moves = Arrangement::Reversed.moves(64, 4096);
         thread::scope(|scope| {
             let running = scope.spawn(during);
-            let mut slowest = Duration::ZERO;
+            let mut took = Vec::new();
             while !running.is_finished() {
-                slowest = slowest.max(self.to_well(&moves));
+                took.push(self.to_well(&moves));
             }
-            slowest
+            took.sort_unstable();
+            took
         })
+    }
+
+    /// The p99 of healthy transfers while a dozen wait for a peer that says nothing, over what it was just before. Too
+    /// short for a verdict: those who wait are served when it is over.
+    fn cost_of_a_sick_neighbour(&self, moves: &[Move]) -> f64 {
+        const WINDOW: Duration = Duration::from_millis(400);
+        let before = self.healthy_meanwhile(|| thread::sleep(WINDOW));
+        self.proxy.hold(true);
+        let waits = || done(self.initiator.engine.transfer(self.to_sick(moves)), moves);
+        let during = thread::scope(|scope| {
+            let waiting: Vec<_> = (0..12).map(|_| scope.spawn(waits)).collect();
+            let during = self.healthy_meanwhile(|| thread::sleep(WINDOW));
+            assert!(!waiting.iter().any(thread::ScopedJoinHandle::is_finished), "nobody waited");
+            self.proxy.hold(false);
+            during
+        });
+        let p99 = |took: &[Duration]| took[took.len() * 99 / 100].as_secs_f64();
+        p99(&during) / p99(&before)
     }
 }
 
@@ -154,32 +173,21 @@ impl Trio {
 /// somebody else does not notice.
 #[test]
 fn d2_a_black_holed_peer_is_noticed_in_time_and_slows_nobody() {
+    // What else runs beside the short suite is not the daemon's doing; a queue shared with the sick would cost a
+    // thousand times as much.
+    let (windows, bound) = if harness::long() { (25, 1.25) } else { (5, 3.0) };
     let mut trio = Trio::new();
     let moves = megabytes(4);
     done(trio.initiator.engine.transfer(trio.to_sick(&moves)), &moves);
-    let quiet = trio.slowest_meanwhile(|| thread::sleep(Duration::from_secs(1)));
+    let mut ratios: Vec<f64> = (0..windows).map(|_| trio.cost_of_a_sick_neighbour(&moves)).collect();
+    ratios.sort_unstable_by(f64::total_cmp);
+    let median = ratios[windows / 2];
+    println!("p99 of healthy transfers beside a black hole over before: {median:.3}, median of {ratios:.2?}");
+    assert!(median <= bound, "a black hole costs healthy peers {median:.2} times their p99");
+
     trio.proxy.hold(true);
-    let told: Mutex<Vec<Duration>> = Mutex::default();
-    let sick = || {
-        thread::scope(|scope| {
-            for _ in 0..12 {
-                scope.spawn(|| {
-                    let begun = Instant::now();
-                    let (_, failure) = failed(trio.initiator.engine.transfer(trio.to_sick(&moves)));
-                    assert_reason(&failure, &[Reason::PeerSilent, Reason::ConnectTimeout]);
-                    told.lock().unwrap().push(begun.elapsed());
-                });
-            }
-        });
-    };
-    let meanwhile = trio.slowest_meanwhile(sick);
-    println!("slowest transfer to a healthy peer: {quiet:?} before, {meanwhile:?} beside a black hole");
-    let mut told = told.into_inner().unwrap();
-    told.sort_unstable();
-    println!("told after {told:?}");
-    // Whoever had a part under way hears of the silence itself; who had none, of an open that met the same silence.
-    assert!(told[0] < NOTICED, "the first verdict took {:?}", told[0]);
-    assert!(told[11] < 2 * NOTICED, "the last verdict took {:?}", told[11]);
+    let meanwhile = a_dozen_wait_for_the_sick(&trio, &moves);
+    println!("slowest transfer to a healthy peer until the verdict: {meanwhile:?}");
     assert!(meanwhile < Duration::from_secs(1), "a healthy peer waited {meanwhile:?}");
     trio.proxy.hold(false);
     eventually("the sick peer is well again", LIMIT, || {
@@ -190,6 +198,29 @@ fn d2_a_black_holed_peer_is_noticed_in_time_and_slows_nobody() {
     trio.sick.pool.verify().assert_clean("the sick peer");
     trio.well.pool.expect(&trio.initiator.pool, &Arrangement::Reversed.moves(64, 4096));
     trio.well.pool.verify().assert_clean("the healthy peer");
+}
+
+/// All are told in time. The slowest of the healthy transfers meanwhile.
+fn a_dozen_wait_for_the_sick(trio: &Trio, moves: &[Move]) -> Duration {
+    let told: Mutex<Vec<Duration>> = Mutex::default();
+    let meanwhile = trio.healthy_meanwhile(|| {
+        thread::scope(|scope| {
+            for _ in 0..12 {
+                scope.spawn(|| {
+                    let begun = Instant::now();
+                    let (_, failure) = failed(trio.initiator.engine.transfer(trio.to_sick(moves)));
+                    assert_reason(&failure, &[Reason::PeerSilent, Reason::ConnectTimeout]);
+                    told.lock().unwrap().push(begun.elapsed());
+                });
+            }
+        });
+    });
+    let mut told = told.into_inner().unwrap();
+    told.sort_unstable();
+    println!("told after {told:?}");
+    // Without retries, whoever waits ends with the session that fell silent, also who had no part under way.
+    assert!(told.iter().all(|took| *took < NOTICED), "a verdict took {:?}", told.last());
+    meanwhile[meanwhile.len() - 1]
 }
 
 /// A4. The peer cannot be asked when a transfer is cancelled: the own half is proven without it, the report does not

@@ -7,7 +7,7 @@ use harness::{dice::Dice, soak};
 
 /// I1 to I4 and I10 all at once.
 #[test]
-fn i1_nothing_is_lost_wrong_or_late_while_everything_fails() {
+fn m1_nothing_is_lost_wrong_or_late_while_everything_fails() {
     let lasts = Duration::from_secs(if harness::long() { 120 } else { 10 });
     let seed = Dice::seed().unwrap();
     println!("seed {seed}");

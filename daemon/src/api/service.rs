@@ -10,7 +10,7 @@ use super::{
     attach, convert, refusal::status, regions, revoke, status as tables, transfers, transfers::Patience,
 };
 use crate::{
-    domain::{BootId, Failure, Outcome, Reason},
+    domain::{BootId, Failure, Reason},
     engine::{Caller, Engine, Node},
 };
 
@@ -108,16 +108,12 @@ impl EngineApi for EngineService {
     async fn cancel(&self, request: Request<wire::CancelRequest>) -> Reply<wire::SettleReply> {
         let engine = self.engine(&request)?;
         let id = convert::transfer_id("transfer_id", &request.get_ref().transfer_id)?;
-        let verdict = match engine.cancel(&self.node, id).await {
-            Ok(verdict) => verdict,
-            Err(failure) => return Ok(Response::new(regions::not_applied(&failure))),
+        let settle = self.node.resources.config.fence.settle();
+        let reply = match engine.cancel(&self.node, id, settle).await {
+            Ok(settled) => regions::settled(settled),
+            Err(failure) => regions::not_applied(&failure),
         };
-        // The peer's half is waited for before the end is told, so this waits for both limits at most.
-        let fence = &self.node.resources.config.fence;
-        let settled =
-            transfers::ended(verdict, Patience::End(Some(fence.settle() + fence.peer_wait()))).await;
-        let settled = settled.is_ok_and(|report| report.outcome != Outcome::Unsettled);
-        Ok(Response::new(regions::settled(settled)))
+        Ok(Response::new(reply))
     }
 
     async fn revoke(&self, request: Request<wire::RevokeRequest>) -> Reply<wire::SettleReply> {

@@ -18,6 +18,8 @@ use rustix::{
     process::{Pid, PidfdFlags},
 };
 
+use crate::kernel::{self, start_time};
+
 const HEADER: &str = "kvferry daemon 1";
 
 /// Pause between two looks whether it has exited.
@@ -29,7 +31,7 @@ pub(super) struct Identity {
     kernel_boot: String,
     pid_namespace: String,
     pid: i32,
-    /// Clock ticks after the kernel's boot.
+    /// Clock ticks after the kernel's boot, in whatever time namespace they are read.
     started: u64,
 }
 
@@ -39,7 +41,7 @@ impl Identity {
         let pid = rustix::process::getpid().as_raw_nonzero().get();
         let unknown = || io::Error::other("/proc does not say when this process started");
         Ok(Self {
-            kernel_boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
+            kernel_boot: kernel::boot_id()?,
             pid_namespace: std::fs::read_link("/proc/self/ns/pid")?.display().to_string(),
             pid,
             started: start_time(pid).ok_or_else(unknown)?,
@@ -80,19 +82,24 @@ impl Identity {
             }
         };
         // After the descriptor was had: if the start time is right now, it was the recorded process all along.
-        if start_time(self.pid) != Some(self.started) {
+        if !self.runs() {
             return true;
         }
         loop {
             let gone = match &process {
                 Some(process) => is_over(process),
-                None => start_time(self.pid) != Some(self.started),
+                None => !self.runs(),
             };
             if gone || Instant::now() >= end {
                 return gone;
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Whether the process with this id is the recorded one. Within a tick: no process id comes round in that time.
+    fn runs(&self) -> bool {
+        start_time(self.pid).is_some_and(|started| started.abs_diff(self.started) <= 1)
     }
 }
 
@@ -115,18 +122,6 @@ fn is_over(process: &OwnedFd) -> bool {
     let mut polled = [PollFd::new(process, PollFlags::IN)];
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
     matches!(rustix::event::poll(&mut polled, Some(&at_once)), Ok(1..))
-}
-
-/// Field 22 of `/proc/<pid>/stat`. The command before it may hold spaces and parentheses, so counting begins
-/// after the last of the latter: with field 3.
-fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    start_time_of(&String::from_utf8_lossy(&stat))
-}
-
-fn start_time_of(stat: &str) -> Option<u64> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(22 - 3)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -163,7 +158,7 @@ mod tests {
         let own = Identity::own().expect("/proc");
         let (mut child, identity) = sleeper();
         let others = [
-            Identity { started: identity.started - 1, ..identity.clone() },
+            Identity { started: identity.started - 2, ..identity.clone() },
             Identity { kernel_boot: "another".into(), ..identity.clone() },
             Identity { pid_namespace: "pid:[1]".into(), ..identity.clone() },
         ];
@@ -187,18 +182,6 @@ mod tests {
             [("daemon 1", "daemon 2"), ("pid ", "pid -"), ("started ", "started x"), ("boot", "b")]
         {
             assert_eq!(Identity::parse(&text.replace(good, bad)), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn the_start_time_is_found_behind_any_command() {
-        let fields: Vec<String> = (4..=52).map(|field| field.to_string()).collect();
-        for command in ["kvferryd", "a b", ") R 1 (", ""] {
-            let stat = format!("77 ({command}) S {}", fields.join(" "));
-            assert_eq!(start_time_of(&stat), Some(22), "{stat}");
-        }
-        for spoilt in ["", "77 (x", "77 (x) S 1 2 3"] {
-            assert_eq!(start_time_of(spoilt), None);
         }
     }
 }

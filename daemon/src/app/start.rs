@@ -19,6 +19,7 @@ use crate::{
     config::{Config, LockMode, Security},
     domain::BootId,
     engine::{Node, Resources},
+    kernel,
     memory::{LockPolicy, RegionDriver, Registrar},
     peer::{PortSettings, Ports},
     session::secret::Secret,
@@ -85,6 +86,7 @@ fn internal(doing: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
 }
 
 pub(super) async fn start(config: Config, driver: Arc<dyn RegionDriver>) -> Result<Daemon, StartError> {
+    kernel::raise_descriptor_limit();
     // Before anything is bound: it is configuration.
     let secret = read_secret(&config.security)?;
     let state_dir = StateDir::open(&config.endpoint.state_dir, config.restart.predecessor()).await?;
@@ -128,7 +130,8 @@ fn resources(
     let sampled = registrar.clone();
     let metrics = Metrics::new(move || sample(&sampled));
     let spin = Duration::from_micros(config.tcp.spin_us);
-    let carriers = Carriers::start(config.tcp.threads, spin).map_err(internal("the lane threads"))?;
+    let carriers = Carriers::counting(config.tcp.threads, spin, &metrics.damaged_parts)
+        .map_err(internal("the lane threads"))?;
     let copies = CopyPool::start(config.local.threads).map_err(internal("the copy threads"))?;
     let ports = PortSettings {
         bind: config.endpoint.bind_host,

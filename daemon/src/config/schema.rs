@@ -173,6 +173,8 @@ section! {
         window_parts: usize = 32,
         /// The longest that a lane's thread looks for work before it sleeps, in microseconds.
         spin_us: u64 = 200,
+        /// Sum the payload of parts; either end may ask for it.
+        checksum: bool = false,
     }
 }
 

@@ -5,13 +5,12 @@
 //! given back after (I10, I6).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
-use ed25519_dalek::SigningKey;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -19,7 +18,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Engine, EventQueue, Node, outcomes::Teller};
+use super::{AttachRequest, Caller, Engine, EventQueue, KnownPeer, Node, outcomes::Teller};
 use crate::{
     config::ProcessMode,
     domain::{Failure, Incarnation, PathKind, Reason, SessionId},
@@ -32,86 +31,13 @@ use crate::{
         endpoint::{Admission, Endpoint},
         target::{Target, Terms},
     },
-    policy::{HealthPolicy, RetryPolicy, RevocationLimits, RevocationList, Revocations},
+    policy::{RevocationLimits, RevocationList, Revocations},
     session::{identity, inbound::Inbound, outbound, outbound::Pin},
     transfer::log::{LogLimits, TransferLog},
 };
 
 /// How long a re-attach waits for the release of its previous attach.
 const RELEASE_WAIT: Duration = Duration::from_secs(10);
-
-/// Who is at the other end of the Unix socket, by the kernel's word.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Caller {
-    /// The process, as seen from here; nothing where it is in a pid namespace that is not visible.
-    pub pid: Option<i32>,
-    /// Its user.
-    pub uid: u32,
-    /// Its group.
-    pub gid: u32,
-}
-
-/// What the engine sets for its transfers; unset fields fall back.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct EnginePolicy {
-    /// Losses in a row that end a transfer.
-    pub attempts: Option<u32>,
-    /// Wait after the first loss.
-    pub backoff: Option<Duration>,
-    /// Outages in a row that fail a session.
-    pub failure_threshold: Option<u32>,
-    /// Life of a transfer.
-    pub deadline: Option<Duration>,
-}
-
-impl EnginePolicy {
-    /// On top of `base`.
-    pub fn retry(&self, base: RetryPolicy) -> RetryPolicy {
-        RetryPolicy {
-            attempts: self.attempts.unwrap_or(base.attempts).max(1),
-            backoff: self.backoff.unwrap_or(base.backoff),
-            deadline: self.deadline.unwrap_or(base.deadline),
-            ..base
-        }
-    }
-
-    fn health(&self, base: HealthPolicy) -> HealthPolicy {
-        let failure_threshold = self.failure_threshold.unwrap_or(base.failure_threshold).max(1);
-        HealthPolicy { failure_threshold, ..base }
-    }
-}
-
-/// An engine another one has met before.
-#[derive(Clone, Debug)]
-pub struct KnownPeer {
-    /// Where.
-    pub session_id: SessionId,
-    /// Whom.
-    pub incarnation: Incarnation,
-}
-
-/// A request to attach.
-#[derive(Debug)]
-pub struct AttachRequest {
-    /// The engine's private key.
-    pub key: SigningKey,
-    /// For people.
-    pub name: String,
-    /// Its own settings.
-    pub policy: EnginePolicy,
-    /// Free text of its own.
-    pub labels: BTreeMap<String, String>,
-    /// Host to be known by.
-    pub advertise_host: Option<String>,
-    /// Port it would like.
-    pub preferred_port: Option<u16>,
-    /// Paths it allows, best first; empty: the daemon's.
-    pub transports: Vec<PathKind>,
-    /// Whom it has met.
-    pub known_peers: Vec<KnownPeer>,
-    /// What its endpoint had revoked under an earlier run of the daemon.
-    pub revocations: RevocationList,
-}
 
 /// An engine's hold on the daemon. Dropped, the engine is detached.
 #[derive(Debug)]
@@ -181,7 +107,7 @@ impl Node {
         let terms = Terms {
             boot: resources.boot,
             key: request.key.clone(),
-            capabilities: identity::capabilities(&allowed),
+            capabilities: identity::capabilities(&allowed, config.tcp.checksum),
             secret: resources.secret.clone(),
             timing,
             handshake: config.endpoint.handshake_timeout(),
@@ -207,6 +133,7 @@ impl Node {
             own: session_id.clone(),
             memory: memory.clone(),
             allowed,
+            checksum: config.tcp.checksum,
             secret: resources.secret.clone(),
             timing,
             limit_slices: config.limits.slices as u64,

@@ -5,9 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::task::JoinSet;
+
 use super::{Arrival, Engine, EnginePolicy, Node};
 use crate::{
-    domain::{EngineId, Failure, Op, PathKind, Reason, SessionId, Tag, TransferId},
+    domain::{EngineId, Failure, Op, Outcome, PathKind, Reason, Report, SessionId, Tag, TransferId},
     memory::Region,
     peer,
     policy::{Hit, RetryPolicy},
@@ -99,6 +101,7 @@ impl Engine {
             local,
             tag: order.tag,
             policy: order.policy.retry(self.retry),
+            failure_threshold: order.policy.failure_threshold,
             received,
             known: arrival.known,
             own_epoch: arrival.own_epoch,
@@ -123,16 +126,41 @@ impl Engine {
         }
     }
 
-    /// Has a transfer of this engine ended; nothing happens if it is over. Its verdict tells when.
-    pub async fn cancel(&self, node: &Node, transfer: TransferId) -> Result<Verdict, Failure> {
-        let verdict = self.find(node, transfer)?;
-        if verdict.borrow().is_none() {
-            let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
-            for handle in self.handles() {
-                let _ = handle.send(Command::End(transfer, failure.clone())).await;
-            }
+    /// Has a transfer of this engine ended, and says whether nobody on this node touches memory for it any more;
+    /// waits for that, but no longer than `settle`. What the peer says of its own half is not waited for: the
+    /// transfer's report tells it.
+    pub async fn cancel(&self, node: &Node, transfer: TransferId, settle: Duration) -> Result<bool, Failure> {
+        let mut verdict = self.find(node, transfer)?;
+        let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
+        let mut asked = JoinSet::new();
+        for handle in self.handles() {
+            let failure = failure.clone();
+            asked.spawn(async move { handle.ask(|answer| Command::Cancel(transfer, failure, answer)).await });
         }
-        Ok(verdict)
+        // The session that carries it answers, and no other.
+        let settled_here = async {
+            while let Some(answer) = asked.join_next().await {
+                if matches!(answer, Ok(Some(()))) {
+                    return;
+                }
+            }
+            std::future::pending().await
+        };
+        let over = async {
+            let end =
+                |told: &Option<Report>| told.as_ref().is_some_and(|end| end.outcome != Outcome::Unsettled);
+            if verdict.wait_for(end).await.is_err() {
+                std::future::pending().await
+            }
+        };
+        let settled = async {
+            tokio::select! {
+                biased;
+                () = over => {}
+                () = settled_here => {}
+            }
+        };
+        Ok(tokio::time::timeout(settle, settled).await.is_ok())
     }
 
     /// As [`Engine::cancel`], from where waiting is not possible: the caller has gone away.

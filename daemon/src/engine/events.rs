@@ -1,4 +1,7 @@
 //! What an engine is told over its lease: a bounded queue that never blocks the daemon.
+//!
+//! Of each session only the last word waits: how it stands, and whom it is pinned to. An engine that reads late
+//! misses steps on the way, and never where they led: it brings the pins along after a restart (I4).
 
 use std::{
     collections::VecDeque,
@@ -13,7 +16,8 @@ use crate::{
     session::outbound::State,
 };
 
-/// Events that may wait for an engine that does not read.
+/// Events that may wait for an engine that does not read. As many as there are peers that a client remembers, so
+/// that no pin is dropped here that would not be dropped there.
 const LIMIT: usize = 1024;
 
 /// One thing an engine is told.
@@ -27,7 +31,18 @@ pub enum EngineEvent {
     Draining(Duration),
 }
 
-/// The queue. When an engine does not read, the oldest events are dropped: every one of them can be asked for.
+impl EngineEvent {
+    /// Whose last word it is.
+    fn session(&self) -> Option<&SessionId> {
+        match self {
+            Self::SessionChanged(session, ..) => Some(session),
+            Self::TransferSettled(_) | Self::Draining(_) => None,
+        }
+    }
+}
+
+/// The queue. When it is full the oldest event that can be asked for is dropped; where all that waits is of
+/// sessions, the one that changed longest ago.
 #[derive(Debug, Default)]
 pub struct EventQueue {
     waiting: Mutex<VecDeque<EngineEvent>>,
@@ -38,8 +53,12 @@ impl EventQueue {
     /// Adds an event.
     pub fn push(&self, event: EngineEvent) {
         let mut waiting = self.waiting();
+        if let Some(session) = event.session() {
+            waiting.retain(|earlier| earlier.session() != Some(session));
+        }
         if waiting.len() == LIMIT {
-            waiting.pop_front();
+            let expendable = waiting.iter().position(|earlier| earlier.session().is_none());
+            waiting.remove(expendable.unwrap_or(0));
         }
         waiting.push_back(event);
         drop(waiting);
@@ -74,5 +93,50 @@ mod tests {
         let EngineEvent::Draining(first) = queue.next().await else { panic!("another event") };
         assert_eq!(first, Duration::from_secs(5));
         assert_eq!(queue.waiting().len(), LIMIT - 1);
+    }
+
+    fn changed(port: usize, pin: Option<u8>) -> EngineEvent {
+        let session = SessionId::new(format!("peer:{port}"));
+        EngineEvent::SessionChanged(session, State::Healthy, pin.map(|byte| Incarnation([byte; 32])), None)
+    }
+
+    /// The port of each session that waits, and whom it is pinned to.
+    fn pins(queue: &EventQueue) -> Vec<(String, Option<u8>)> {
+        let pin = |event: &EngineEvent| match event {
+            EngineEvent::SessionChanged(session, _, pin, _) => {
+                Some((session.to_string(), pin.map(|incarnation| incarnation.0[0])))
+            }
+            _ => None,
+        };
+        queue.waiting().iter().filter_map(pin).collect()
+    }
+
+    /// I4: whatever else there is to tell, and however often sessions change meanwhile.
+    #[test]
+    fn an_engine_that_does_not_read_misses_no_pin() {
+        let queue = EventQueue::default();
+        queue.push(changed(1, Some(1)));
+        queue.push(changed(2, Some(2)));
+        queue.push(changed(2, None));
+        for round in 0..2 * LIMIT {
+            queue.push(EngineEvent::Draining(Duration::ZERO));
+            queue.push(changed(3, Some(round as u8)));
+        }
+        let last = Some((2 * LIMIT - 1) as u8);
+        let expected = [("peer:1", Some(1)), ("peer:2", None), ("peer:3", last)];
+        assert_eq!(pins(&queue), expected.map(|(session, pin)| (session.to_owned(), pin)));
+        assert_eq!(queue.waiting().len(), LIMIT);
+    }
+
+    #[test]
+    fn of_more_sessions_than_a_client_remembers_the_last_to_change_are_told() {
+        let queue = EventQueue::default();
+        (0..LIMIT + 2).for_each(|port| queue.push(changed(port, Some(1))));
+        queue.push(changed(2, Some(2)));
+        let told = pins(&queue);
+        assert_eq!(
+            (told.len(), &told[0].0[..], told[LIMIT - 1].clone()),
+            (LIMIT, "peer:3", ("peer:2".into(), Some(2)))
+        );
     }
 }

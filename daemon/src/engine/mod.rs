@@ -8,6 +8,7 @@ mod calls;
 mod events;
 mod node;
 mod outcomes;
+mod request;
 mod revoke;
 
 use std::{
@@ -20,10 +21,11 @@ use std::{
 
 use tokio::{sync::watch, task::JoinSet};
 
-pub use attach::{AttachRequest, Caller, EnginePolicy, KnownPeer, Lease};
+pub use attach::Lease;
 pub use calls::{ProbeResult, SessionView, TransferOrder};
 pub use events::{EngineEvent, EventQueue};
 pub use node::{Node, Resources};
+pub use request::{AttachRequest, Caller, EnginePolicy, KnownPeer};
 pub use revoke::{Arrival, Revocation, Revoked};
 
 use crate::{

@@ -13,6 +13,7 @@ use super::{Engine, EngineToken};
 use crate::{
     config::Config,
     domain::{BootId, EngineId, Failure, Incarnation, Reason, TransferId},
+    kernel,
     memory::{EngineMemory, FdShelf, Registrar},
     peer::{Neighbours, Ports},
     policy::Drain,
@@ -20,6 +21,9 @@ use crate::{
     telemetry::Metrics,
     transport::{local::CopyPool, tcp::Carriers},
 };
+
+/// Descriptors that a newcomer must leave free: for connections, lanes and handed-over memory of those who are there.
+const KEPT_DESCRIPTORS: u64 = 32;
 
 /// What all engines of a node share.
 #[derive(Debug)]
@@ -116,7 +120,11 @@ impl Node {
     }
 
     /// Takes a place among the engines, before anything costly is done for it.
+    ///
+    /// # Errors
+    /// LIMIT: there are enough, or one more would leave too few descriptors to those that are there.
     pub(super) fn reserve(self: &Arc<Self>) -> Result<Place, Failure> {
+        kernel::spare_descriptors(KEPT_DESCRIPTORS)?;
         let mut engines = self.engines();
         let limit = self.resources.config.limits.engines;
         if engines.places >= limit {

@@ -41,6 +41,8 @@ pub struct Dial<'a> {
     pub expected: Option<Incarnation>,
     /// Paths allowed, best first.
     pub allowed: &'a [PathKind],
+    /// Payload on tcp is to be summed, where the target can.
+    pub checksum: bool,
     /// What the target's daemon must know too, if anything.
     pub secret: Option<&'a Secret>,
     /// For everything until the tables are here.
@@ -54,6 +56,8 @@ pub struct Connection {
     pub opened: Opened,
     /// Where data lanes connect to.
     pub address: SocketAddr,
+    /// Payload on tcp lanes is summed.
+    pub checksums: bool,
     /// To the target.
     pub to_target: mpsc::Sender<wire::ToTarget>,
     /// From the target.
@@ -105,7 +109,7 @@ async fn shake_hands(dial: Dial<'_>) -> Result<Connection, Failure> {
         incarnation: identity::incarnation(dial.key),
         session_id: dial.own.to_string(),
         expected: dial.expected,
-        capabilities: identity::capabilities(dial.allowed),
+        capabilities: identity::capabilities(dial.allowed, dial.checksum),
     };
     say(&to_target, ToTarget::Open(convert::open_out(&open))).await?;
     let response = client.session(ReceiverStream::new(outgoing)).await.map_err(|status| lost(&status))?;
@@ -122,6 +126,7 @@ async fn shake_hands(dial: Dial<'_>) -> Result<Connection, Failure> {
         same_boot: challenge.boot == dial.boot,
         offered: &identity::offers(&challenge.capabilities),
     })?;
+    let checksums = identity::checksums(&open.capabilities, &challenge.capabilities);
     let opened = Opened {
         incarnation: challenge.incarnation,
         boot: challenge.boot,
@@ -130,7 +135,7 @@ async fn shake_hands(dial: Dial<'_>) -> Result<Connection, Failure> {
         table: convert::table_in(welcome.table.unwrap_or_default())?,
         fenced: accept.fenced.into_iter().map(convert::fenced_in).collect(),
     };
-    Ok(Connection { opened, address, to_target, from_target })
+    Ok(Connection { opened, address, checksums, to_target, from_target })
 }
 
 /// Largest message of the peer protocol: a table of 65,535 regions, with room.

@@ -56,6 +56,8 @@ pub struct Context {
     pub memory: Arc<EngineMemory>,
     /// Paths the engine and the daemon allow, best first.
     pub allowed: Vec<PathKind>,
+    /// Payload on tcp is to be summed, where the target can.
+    pub checksum: bool,
     /// What peers' daemons must know too, if anything.
     pub secret: Option<Secret>,
     /// Beats.

@@ -1,8 +1,10 @@
 //! The driver of an outbound session: owns its core, feeds it events, carries out its actions.
 //!
 //! One task per session. It decides nothing: what to do comes from [`Outbound`], what happened goes to it, with
-//! the time and a random draw. Everything slow (dialling, planning a large batch, waiting for a gate) runs in
+//! the time and a random draw. How each action is carried out is in [`acts`]. Everything slow (dialling, planning a large batch, waiting for a gate) runs in
 //! tasks of its own that report back through the same inbox.
+
+mod acts;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -19,30 +21,23 @@ use tokio::{
 };
 
 use super::{
-    client::Dial,
     context::Context,
     dice::Dice,
     life::Life,
     link::{Incoming, Link, LinkNumber},
-    planning::make_plan,
-    report::announce,
     revokes::{Revokes, judge_plan},
 };
 use crate::{
-    domain::{Failure, LaneId, PathKind, Reason, SessionId, TransferId},
+    domain::{Failure, LaneId, PathKind, SessionId},
     session::{
         Command, Handle, Known,
-        outbound::{Action, Event, Outbound, PlanFailure, PlanOrder},
+        outbound::{Event, Outbound},
     },
-    transfer::run::Request,
-    transport::{Lane, LaneEvent, LaneKind, LaneSink, Payload, local, tcp},
+    transport::{Lane, LaneEvent, LaneKind, LaneSink},
 };
 
 /// Reports of the driver's own tasks that may wait; their number is bounded by the actions under way.
 const FEEDBACK: usize = 1024;
-
-/// Batches larger than this are planned off the async workers.
-const INLINE_PLAN_SLICES: usize = 4096;
 
 /// What a task of the driver reports.
 #[derive(Debug)]
@@ -183,6 +178,14 @@ impl Driver {
         match command {
             Command::Submit(admitted) => self.feed(Event::Submit(admitted)),
             Command::End(transfer, failure) => self.feed(Event::End(transfer, failure)),
+            Command::Cancel(transfer, failure, answer) => {
+                if self.core.carries(transfer) {
+                    self.next_ticket += 1;
+                    self.revokes.begin(self.next_ticket, answer);
+                    self.revokes.hit(self.next_ticket, vec![transfer]);
+                    self.feed(Event::End(transfer, failure));
+                }
+            }
             Command::Reset(answer) => {
                 self.feed(Event::Reset);
                 let _ = answer.send(());
@@ -215,8 +218,9 @@ impl Driver {
                 self.feed(Event::OpenFailed(failure));
             }
             Feedback::Connected(number, connection) if number == self.link_number => {
-                let super::client::Connection { opened, address, to_target, from_target } = *connection;
-                let mut link = Link::new(number, opened.incarnation, address, to_target);
+                let super::client::Connection { opened, address, checksums, to_target, from_target } =
+                    *connection;
+                let mut link = Link::new(number, opened.incarnation, address, checksums, to_target);
                 link.listen(from_target, self.feedback.clone(), &mut self.tasks);
                 self.link = Some(link);
                 self.feed(Event::Opened(Box::new(opened)));
@@ -300,173 +304,6 @@ impl Driver {
         self.revokes.answer(&self.core);
         let known = self.core.known();
         self.known.send_if_modified(|told| std::mem::replace(told, known) != known);
-    }
-
-    /// Does it, or starts it. What is done at once may be an event again.
-    fn carry_out(&mut self, action: Action) -> Option<Event> {
-        match action {
-            Action::Connect(expected) => self.connect(expected),
-            Action::Disconnect(failure) => {
-                if let Some(link) = self.link.take() {
-                    link.bye(&failure);
-                }
-                self.link_number.advance();
-                self.awaiting_grant.clear();
-            }
-            Action::Plan(order) => return self.plan(order),
-            Action::RequestTable(nonce) => self.tell(|link| link.request_table(nonce)),
-            Action::OpenLane(lane, kind, PathKind::Local) => return Some(self.open_local(lane, kind)),
-            Action::OpenLane(lane, kind, _) => {
-                self.awaiting_grant.insert(lane, kind);
-                self.tell(|link| link.request_lane(lane, kind));
-            }
-            Action::CloseLane(lane, cause) => match self.lanes.get(&lane) {
-                Some(open) => open.lane.close(cause),
-                None => return Some(Event::Lane(lane, LaneEvent::Closed { cause })),
-            },
-            Action::FenceLane(lane) => self.tell(|link| link.fence_lane(lane)),
-            Action::Submit(lane, parts) => {
-                if let Some(open) = self.lanes.get(&lane) {
-                    open.lane.submit(parts);
-                }
-            }
-            Action::StopLocal(payload) => return self.stop_local(&payload),
-            Action::StopPeer(transfer, marks) => self.tell(|link| link.stop(transfer, &marks)),
-            Action::RevocationsSeen(epoch) => self.tell(|link| link.revocations_seen(epoch)),
-            Action::HitHere(ticket, transfers) => self.revokes.hit(ticket, transfers),
-            Action::Unsettled(transfer, report) => self.context.outcomes.unsettled(transfer, report),
-            Action::Finish(run, report) => announce(&self.context, &self.target, *run, report),
-            Action::Probed(ticket, result) => {
-                if let Some(answer) = self.probes.remove(&ticket) {
-                    let _ = answer.send(result);
-                }
-            }
-            Action::State(state, pin, cause) => {
-                self.context.outcomes.session_changed(&self.target, state, pin, cause);
-            }
-        }
-        None
-    }
-
-    fn connect(&mut self, expected: Option<crate::domain::Incarnation>) {
-        self.link_number.advance();
-        let (number, context, target) = (self.link_number, self.context.clone(), self.target.clone());
-        let feedback = self.feedback.clone();
-        self.tasks.spawn(async move {
-            let dial = Dial {
-                target: &target,
-                key: &context.key,
-                boot: context.boot,
-                own: &context.own,
-                expected,
-                allowed: &context.allowed,
-                secret: context.secret.as_ref(),
-                timeout: context.timing.silence,
-            };
-            let report = match super::client::connect(dial).await {
-                Ok(connection) => Feedback::Connected(number, Box::new(connection)),
-                Err(failure) => Feedback::NotConnected(number, failure),
-            };
-            let _ = feedback.send(report).await;
-        });
-    }
-
-    fn plan(&mut self, order: PlanOrder) -> Option<Event> {
-        let large = match &*order.request {
-            Request::Slices(batch) => batch.len() > INLINE_PLAN_SLICES,
-            Request::Pages(_) => true,
-        };
-        let context = self.context.clone();
-        if !large {
-            return Some(make_plan(&context, &order));
-        }
-        let feedback = self.feedback.clone();
-        self.tasks.spawn(async move {
-            let (transfer, boot) = (order.order.transfer, order.boot);
-            let planned = tokio::task::spawn_blocking(move || make_plan(&context, &order)).await;
-            let event = planned.unwrap_or_else(|_| {
-                let failure = Failure::new(Reason::Limit, "planning was interrupted");
-                Event::Planned(transfer, boot, Err(PlanFailure { failure, wants_newer_table: false }))
-            });
-            let _ = feedback.send(Feedback::Event(event)).await;
-        });
-        None
-    }
-
-    fn open_local(&mut self, lane: LaneId, kind: LaneKind) -> Event {
-        let incarnation = self.link.as_ref().map(|link| link.incarnation());
-        let Some(target) = incarnation.and_then(|who| self.context.neighbours.memory_of(&who)) else {
-            return Event::LaneOpenFailed(lane, Failure::plain(Reason::ConnectionLost));
-        };
-        let setup = local::LocalSetup {
-            lane,
-            kind,
-            source: self.context.memory.clone(),
-            target,
-            sink: self.sink.clone(),
-        };
-        let open = Lane::Local(self.context.copies.open(setup));
-        self.lane_opened(lane, OpenLane { lane: open, kind, path: PathKind::Local })
-    }
-
-    fn lane_opened(&mut self, lane: LaneId, open: OpenLane) -> Event {
-        self.context.metrics.lane_opened(open.path, open.kind.op());
-        self.lanes.insert(lane, open);
-        Event::LaneOpened(lane)
-    }
-
-    fn connect_lane(&mut self, lane: LaneId, token: [u8; 32]) {
-        let (Some(kind), Some(link)) = (self.awaiting_grant.remove(&lane), &self.link) else { return };
-        let (address, timeout, feedback) =
-            (link.address(), self.context.timing.silence, self.feedback.clone());
-        self.tasks.spawn(async move {
-            let report = match super::lane::connect(address, lane, kind, token, timeout).await {
-                Ok(stream) => Feedback::LaneConnected(lane, kind, stream),
-                Err(failure) => Feedback::Event(Event::LaneOpenFailed(lane, failure)),
-            };
-            let _ = feedback.send(report).await;
-        });
-    }
-
-    fn lane_connected(&mut self, lane: LaneId, kind: LaneKind, stream: std::net::TcpStream) {
-        // Without a link the session fenced this lane while it was being connected; the core forgot it.
-        let Some(link) = &self.link else { return };
-        let setup = tcp::InitiatorSetup {
-            lane,
-            kind,
-            memory: self.context.memory.clone(),
-            sink: self.sink.clone(),
-            pulse: link.pulse(),
-        };
-        let open = Lane::Tcp(self.context.carriers.initiate(stream, setup));
-        let event = self.lane_opened(lane, OpenLane { lane: open, kind, path: PathKind::Tcp });
-        self.feed(event);
-    }
-
-    /// Marks the payload stopped and proves that nobody on this node is at its memory any more (I1).
-    fn stop_local(&mut self, payload: &Arc<Payload>) -> Option<Event> {
-        payload.stop();
-        let transfer: TransferId = payload.transfer;
-        let gate = self.context.memory.gate().clone();
-        let version = gate.raise();
-        if gate.is_quiet(version) {
-            return Some(Event::LocalQuiet(transfer));
-        }
-        let feedback = self.feedback.clone();
-        self.tasks.spawn(async move {
-            gate.quiet(version).await;
-            let _ = feedback.send(Feedback::Event(Event::LocalQuiet(transfer))).await;
-        });
-        None
-    }
-
-    /// A stream too full to take a message is as good as silent: the beat's judgement ends it.
-    fn tell(&mut self, say: impl FnOnce(&Link) -> bool) {
-        if let Some(link) = &mut self.link
-            && !say(link)
-        {
-            link.overflowed();
-        }
     }
 }
 

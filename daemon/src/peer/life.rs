@@ -16,7 +16,6 @@ const TIMER_SLACK: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Life {
     last: Instant,
-    pulse: u64,
     /// A verdict that was put off is not asked for again before this.
     not_before: Instant,
 }
@@ -25,7 +24,7 @@ impl Life {
     /// Alive now.
     pub(super) fn new() -> Self {
         let now = Instant::now();
-        Self { last: now, pulse: 0, not_before: now }
+        Self { last: now, not_before: now }
     }
 
     /// A message came.
@@ -52,10 +51,7 @@ impl Life {
         timing: &Timing,
     ) -> Result<(), Failure> {
         let now = Instant::now();
-        let heard = pulse.total();
-        if std::mem::replace(&mut self.pulse, heard) != heard {
-            self.last = now;
-        }
+        self.last = pulse.last().map_or(self.last, |heard| heard.max(self.last));
         let beat =
             Beat { now, last_life: self.last, overslept, silence: timing.silence, period: timing.heartbeat };
         let message = match judge(&beat) {

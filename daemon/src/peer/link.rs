@@ -52,6 +52,7 @@ pub(super) struct Link {
     number: LinkNumber,
     incarnation: Incarnation,
     address: SocketAddr,
+    checksums: bool,
     to_target: mpsc::Sender<wire::ToTarget>,
     /// Reads the stream; ended with the link, so that an abandoned stream holds no descriptor.
     listener: Option<AbortHandle>,
@@ -66,15 +67,17 @@ impl Link {
         number: LinkNumber,
         incarnation: Incarnation,
         address: SocketAddr,
+        checksums: bool,
         to_target: mpsc::Sender<wire::ToTarget>,
     ) -> Self {
         Self {
             number,
             incarnation,
             address,
+            checksums,
             to_target,
             listener: None,
-            pulse: Arc::default(),
+            pulse: Pulse::new(),
             life: Life::new(),
             sequence: 0,
             overflowed: false,
@@ -87,6 +90,11 @@ impl Link {
 
     pub(super) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Payload on tcp lanes is summed.
+    pub(super) fn checksums(&self) -> bool {
+        self.checksums
     }
 
     pub(super) fn pulse(&self) -> Arc<Pulse> {

@@ -1,4 +1,5 @@
-//! What the own engine revokes, at one of its sessions: whose answers wait for what, and plans made too late.
+//! What the own engine revokes or cancels, at one of its sessions: whose answers wait for what, and plans made too
+//! late.
 
 use std::collections::HashMap;
 

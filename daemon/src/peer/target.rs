@@ -154,7 +154,9 @@ impl Conversation {
         let FromInitiator::Open(open) = self.hear().await? else { return Err(out_of_turn("Open")) };
         let open = convert::open_in(open)?;
         self.prove(&open).await?;
-        let (session, fenced) = self.target.inbound.confirm(open.incarnation, open.session_id).await?;
+        let checksums = identity::checksums(&open.capabilities, &self.target.terms.capabilities);
+        let inbound = &self.target.inbound;
+        let (session, fenced) = inbound.confirm(open.incarnation, open.session_id, checksums).await?;
         let fenced = fenced.iter().map(|(lane, record)| convert::fenced_out(*lane, record)).collect();
         let revoked = self.target.inbound.memory().revocations().since(Epoch(0));
         self.told = revoked.epoch;
@@ -231,13 +233,19 @@ impl Conversation {
                     life.judge(session.pulse(), Life::overslept(judge_at), &timing)
                 }
                 Some(_) = jobs.join_next() => Ok(()),
-                () = session.superseded() => Err(Failure::new(Reason::ConnectionLost, "superseded by a newer session")),
+                () = session.superseded() => Err(self.superseded()),
                 failure = closed(closing.clone()) => Err(failure),
             };
             if let Err(failure) = step {
                 return failure;
             }
         }
+    }
+
+    /// A newer session has taken its place, or all sessions end: then the peer hears why.
+    fn superseded(&self) -> Failure {
+        let closing = self.closing.borrow().clone();
+        closing.unwrap_or_else(|| Failure::new(Reason::ConnectionLost, "superseded by a newer session"))
     }
 
     /// So that transfers which are hit end at once. The proof does not need it: the gate refuses their parts.

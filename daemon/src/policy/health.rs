@@ -28,7 +28,8 @@ pub const FIRST_PROBE: Duration = Duration::from_millis(100);
 /// Limits of the health machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HealthPolicy {
-    /// Outages in a row, with a transfer given up, that fail the session; 1 = fail fast.
+    /// Outages in a row, with a transfer given up, that fail the session; 1 = fail fast. A transfer may bring a
+    /// threshold of its own.
     pub failure_threshold: u32,
     /// Longest wait between probes.
     pub probe_max: Duration,
@@ -123,15 +124,25 @@ impl Health {
         self.in_outage = false;
     }
 
-    /// A transfer was given up for a reason that counts.
-    pub fn given_up(&mut self, op: Op, now: Instant, draw: f64) -> Option<HealthChange> {
+    /// A transfer was given up for a reason that counts. Where it has a threshold of its own the session is held
+    /// to that: of several transfers that one outage took, the strictest decides, counted first or not.
+    pub fn given_up(
+        &mut self,
+        op: Op,
+        own_threshold: Option<u32>,
+        now: Instant,
+        draw: f64,
+    ) -> Option<HealthChange> {
         let op = index(op);
-        if self.is_failed() || !self.countable[op] {
+        if self.is_failed() {
             return None;
         }
-        self.countable[op] = false;
-        self.counts[op] = self.counts[op].saturating_add(1);
-        if self.counts[op] < self.policy.failure_threshold {
+        if self.countable[op] {
+            self.countable[op] = false;
+            self.counts[op] = self.counts[op].saturating_add(1);
+        }
+        let threshold = own_threshold.unwrap_or(self.policy.failure_threshold).max(1);
+        if self.counts[op] < threshold {
             return None;
         }
         self.interval = FIRST_PROBE.min(self.policy.probe_max);

@@ -8,14 +8,23 @@
 //! The ranges are kept as disjoint spans, each with the newest epoch it was revoked in: a page revoked again
 //! takes no more room, and a look-up costs a search. Beyond `ranges` of them the oldest are given up and the
 //! *floor* rises: whoever was admitted below it is refused, hit or not. A tombstone is never given up early; a
-//! full table refuses the next one (I8).
+//! full table refuses the next one (I8). Telling a peer what is new costs what is new: every session is told at
+//! every revocation, under the lock that parts are judged under.
 //!
 //! Pure, and used at both ends: a target judges every part by it, an initiator ends what the target's list hits.
 
+mod spans;
+#[cfg(test)]
+mod tests;
+mod tombstones;
+
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
+
+use spans::Spans;
+use tombstones::{Tombstone, Tombstones};
 
 use crate::domain::{AddressRange, Epoch, Failure, Reason, Tag};
 
@@ -119,18 +128,6 @@ impl From<Hit> for Failure {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Span {
-    end: u64,
-    epoch: Epoch,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Tombstone {
-    expires: Instant,
-    epoch: Epoch,
-}
-
 /// The revocations of one endpoint.
 #[derive(Clone, Debug)]
 pub struct Revocations {
@@ -139,10 +136,9 @@ pub struct Revocations {
     floor: Epoch,
     /// Of ranges alone.
     newest_range: Epoch,
-    /// By first address; disjoint.
-    spans: BTreeMap<u64, Span>,
-    tombstones: BTreeMap<Tag, Tombstone>,
-    by_expiry: BTreeSet<(Instant, Tag)>,
+    /// All newer than the floor.
+    spans: Spans,
+    tombstones: Tombstones,
 }
 
 impl Revocations {
@@ -153,9 +149,8 @@ impl Revocations {
             epoch: Epoch(0),
             floor: Epoch(0),
             newest_range: Epoch(0),
-            spans: BTreeMap::new(),
-            tombstones: BTreeMap::new(),
-            by_expiry: BTreeSet::new(),
+            spans: Spans::default(),
+            tombstones: Tombstones::default(),
         }
     }
 
@@ -181,14 +176,14 @@ impl Revocations {
         let mut all = Self { epoch, floor, newest_range: floor, ..Self::new(limits) };
         // Oldest first, so that of what overlaps the newest stays.
         ranges.sort_unstable_by_key(|(at, _)| *at);
-        for (at, range) in ranges {
-            all.lay(range, at);
-            all.newest_range = at.max(floor);
+        for (at, range) in ranges.into_iter().filter(|(at, _)| *at > floor) {
+            all.spans.lay(range, at);
+            all.newest_range = at;
         }
         all.make_room();
         for TagRevoked { tag, epoch, age } in tags {
             if age < limits.tombstone_life {
-                all.bury(tag, Tombstone { expires: now + (limits.tombstone_life - age), epoch });
+                all.tombstones.bury(tag, Tombstone { expires: now + (limits.tombstone_life - age), epoch });
             }
         }
         Ok(all)
@@ -206,7 +201,7 @@ impl Revocations {
             return self.epoch;
         }
         for range in ranges {
-            self.lay(range, self.epoch);
+            self.spans.lay(range, self.epoch);
         }
         self.make_room();
         self.epoch
@@ -219,8 +214,8 @@ impl Revocations {
     /// `Limit` when the table is full: nothing is forgotten early.
     pub fn revoke_tag(&mut self, tag: Tag, now: Instant) -> Result<Epoch, Failure> {
         self.expire(now);
-        if self.tombstones.len() >= self.limits.tombstones && !self.tombstones.contains_key(&tag) {
-            let first = self.by_expiry.first().map_or(now, |(expires, _)| *expires);
+        if self.tombstones.len() >= self.limits.tombstones && !self.tombstones.contains(tag) {
+            let first = self.tombstones.next_expiry().unwrap_or(now);
             let message = format!(
                 "{} tags are revoked; the next is forgotten in {} s",
                 self.tombstones.len(),
@@ -229,7 +224,7 @@ impl Revocations {
             return Err(Failure::new(Reason::Limit, message));
         }
         self.epoch.0 += 1;
-        self.bury(tag, Tombstone { expires: now + self.limits.tombstone_life, epoch: self.epoch });
+        self.tombstones.bury(tag, Tombstone { expires: now + self.limits.tombstone_life, epoch: self.epoch });
         Ok(self.epoch)
     }
 
@@ -268,45 +263,32 @@ impl Revocations {
         if admitted >= self.newest_range || self.spans.is_empty() {
             return Ok(());
         }
-        let hit = runs.into_iter().position(|(address, bytes)| self.touches(address, bytes, admitted));
+        let hit = runs.into_iter().position(|(address, bytes)| self.spans.touches(address, bytes, admitted));
         hit.map_or(Ok(()), |run| Err(Hit::Run(run)))
     }
 
     /// Whether a tombstone stands for the tag.
     pub fn refuses(&self, tag: Tag, now: Instant) -> bool {
-        self.tombstones.get(&tag).is_some_and(|tombstone| now < tombstone.expires)
+        self.tombstones.refuse(tag, now)
     }
 
     /// Forgets tombstones that are past their time.
     pub fn expire(&mut self, now: Instant) {
-        while let Some(&(expires, tag)) = self.by_expiry.first()
-            && expires <= now
-        {
-            self.by_expiry.pop_first();
-            self.tombstones.remove(&tag);
-        }
+        self.tombstones.expire(now);
     }
 
-    /// What is newer than `told`, and the floor.
+    /// What is newer than `told`, oldest first, and the floor. Costs what it names, however much there is besides.
     pub fn since(&self, told: Epoch, now: Instant) -> RevocationList {
-        let range = |(&base, span): (&u64, &Span)| {
-            let range = AddressRange::new(base, span.end - base).ok()?;
-            (span.epoch > told).then_some((span.epoch, range))
-        };
-        let tag = |(&tag, tombstone): (&Tag, &Tombstone)| {
-            let left = tombstone.expires.saturating_duration_since(now);
+        let tag = |(tag, Tombstone { expires, epoch })| {
+            let left = expires.saturating_duration_since(now);
             let age = self.limits.tombstone_life.saturating_sub(left);
-            (tombstone.epoch > told && !left.is_zero()).then_some(TagRevoked {
-                tag,
-                epoch: tombstone.epoch,
-                age,
-            })
+            (!left.is_zero()).then_some(TagRevoked { tag, epoch, age })
         };
         RevocationList {
             epoch: self.epoch,
             floor: self.floor,
-            ranges: self.spans.iter().filter_map(range).collect(),
-            tags: self.tombstones.iter().filter_map(tag).collect(),
+            ranges: self.spans.since(told).collect(),
+            tags: self.tombstones.since(told).filter_map(tag).collect(),
         }
     }
 
@@ -330,53 +312,9 @@ impl Revocations {
         self.tombstones.len()
     }
 
-    fn touches(&self, address: u64, bytes: u64, admitted: Epoch) -> bool {
-        let end = address.saturating_add(bytes);
-        let before = self.spans.range(..address).next_back().filter(|(_, span)| span.end > address);
-        let within = self.spans.range(address..end.max(address));
-        bytes > 0 && before.into_iter().chain(within).any(|(_, span)| span.epoch > admitted)
-    }
-
-    /// Puts a range over whatever lies there: none of that is newer.
-    fn lay(&mut self, range: AddressRange, epoch: Epoch) {
-        if let Some((_, before)) = self.spans.range_mut(..range.base()).next_back()
-            && before.end > range.base()
-        {
-            let whole = *before;
-            before.end = range.base();
-            self.keep_tail(whole, range);
-        }
-        while let Some((&base, &span)) = self.spans.range(range.base()..range.end()).next() {
-            self.spans.remove(&base);
-            self.keep_tail(span, range);
-        }
-        self.spans.insert(range.base(), Span { end: range.end(), epoch });
-    }
-
-    fn keep_tail(&mut self, span: Span, range: AddressRange) {
-        if span.end > range.end() {
-            self.spans.insert(range.end(), span);
-        }
-    }
-
     fn make_room(&mut self) {
-        if self.spans.len() <= self.limits.ranges {
-            return;
+        if let Some(forgotten) = self.spans.shrink_to(self.limits.ranges) {
+            self.floor = forgotten;
         }
-        let mut epochs: Vec<Epoch> = self.spans.values().map(|span| span.epoch).collect();
-        epochs.sort_unstable_by(|a, b| b.cmp(a));
-        // What is left of an epoch of which some spans go would hit nobody whom the floor lets pass.
-        self.floor = epochs[self.limits.ranges].max(self.floor);
-        self.spans.retain(|_, span| span.epoch > self.floor);
-    }
-
-    fn bury(&mut self, tag: Tag, tombstone: Tombstone) {
-        if let Some(earlier) = self.tombstones.insert(tag, tombstone) {
-            self.by_expiry.remove(&(earlier.expires, tag));
-        }
-        self.by_expiry.insert((tombstone.expires, tag));
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -24,6 +24,9 @@ pub enum Command {
     Submit(Box<Admitted>),
     /// Have a transfer over.
     End(TransferId, Failure),
+    /// The same, and answer when nobody on this node touches memory for it any more. A session that does not carry
+    /// it can say nothing of it: the answer is dropped.
+    Cancel(TransferId, Failure, oneshot::Sender<()>),
     /// The own engine has revoked: end what is hit, and answer when nobody on this node touches memory for it
     /// any more. Where that cannot be said the answer is dropped.
     Revoke(Arc<Revocations>, oneshot::Sender<()>),

@@ -121,15 +121,31 @@ impl Transcript {
     }
 }
 
+/// A daemon that can sum the payload of tcp parts says this.
+const CAN_SUM: &str = "tcp-checksum";
+
+/// One that was configured to (`tcp.checksum`) says this too.
+const WANTS_SUMS: &str = "tcp-checksum-wanted";
+
+/// Whether payload is summed on the tcp lanes of a session: where both can and either wants it. The same for both
+/// sides, from what both have signed.
+pub fn checksums(one: &[String], other: &[String]) -> bool {
+    let says = |side: &[String], what| side.iter().any(|capability| capability == what);
+    let can = says(one, CAN_SUM) && says(other, CAN_SUM);
+    can && (says(one, WANTS_SUMS) || says(other, WANTS_SUMS))
+}
+
 /// The paths among a peer's capabilities.
 pub fn offers(capabilities: &[String]) -> Vec<PathKind> {
     let known = [PathKind::Local, PathKind::Tcp, PathKind::Rdma];
     capabilities.iter().filter_map(|name| known.into_iter().find(|path| path.name() == name)).collect()
 }
 
-/// The capabilities this daemon states: the paths it allows.
-pub fn capabilities(allowed: &[PathKind]) -> Vec<String> {
-    allowed.iter().map(|path| path.name().to_owned()).collect()
+/// The capabilities this daemon states: the paths it allows, and whether payload on tcp can, and shall, be summed.
+pub fn capabilities(allowed: &[PathKind], checksum: bool) -> Vec<String> {
+    let paths = allowed.iter().map(|path| path.name());
+    let sums = [CAN_SUM].into_iter().chain(checksum.then_some(WANTS_SUMS));
+    paths.chain(sums.filter(|_| allowed.contains(&PathKind::Tcp))).map(str::to_owned).collect()
 }
 
 /// The incarnation a private key belongs to.
@@ -210,6 +226,23 @@ pub(super) mod tests {
         let one = Open { session_id: "ab".into(), capabilities: vec![], ..open.clone() };
         let two = Open { session_id: "a".into(), capabilities: vec!["tcp".into()], ..open };
         assert_ne!(Transcript::new(&one, &challenge), Transcript::new(&two, &challenge));
+    }
+
+    #[test]
+    fn payload_is_summed_where_both_can_and_either_wants_it() {
+        let tcp = |wanted| capabilities(&[PathKind::Tcp], wanted);
+        let older = vec!["tcp".to_owned()];
+        for (one, other, summed) in [
+            (tcp(false), tcp(false), false),
+            (tcp(true), tcp(false), true),
+            (tcp(true), tcp(true), true),
+            (tcp(true), older, false),
+            (tcp(true), capabilities(&[PathKind::Local], true), false),
+        ] {
+            assert_eq!(checksums(&one, &other), summed, "{one:?} {other:?}");
+            assert_eq!(checksums(&other, &one), summed, "{other:?} {one:?}");
+        }
+        assert_eq!(offers(&tcp(true)), [PathKind::Tcp]);
     }
 
     #[test]

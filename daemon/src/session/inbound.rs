@@ -5,36 +5,32 @@
 //! initiator has surely heard it (I2); where it is forgotten, the initiator sends again what was applied, which
 //! costs bytes and harms nothing.
 //!
-//! Not here: the handshake that proves who comes, and the control stream. `peer` has both.
+//! This is the table; [`session`] is one of them. Not here: the handshake that proves who comes, and the control stream. `peer` has both.
 
+mod session;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap},
     net::TcpStream,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::SeqCst},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::Notify;
+pub use session::InboundSession;
+use session::LiveLane;
 
 use crate::{
     domain::{Failure, Incarnation, LaneId, Reason},
     memory::EngineMemory,
     transport::{
-        LaneKind, LaneRecord, TargetSink,
-        tcp::{Carriers, Preface, Pulse, Stops, TargetLane, TargetSetup},
+        LaneKind, LaneRecord,
+        tcp::{Carriers, Preface, TargetSetup},
     },
 };
 
 /// Lanes of one session that are granted or open.
 const MAX_LANES: usize = 64;
-
-/// Closed lanes of one session whose record is kept.
-const MAX_RECORDS: usize = 1024;
 
 /// Single use; binds a data connection to a confirmed session.
 pub type Token = [u8; 32];
@@ -64,36 +60,6 @@ struct Grant {
     kind: LaneKind,
 }
 
-/// One confirmed session.
-#[derive(Debug)]
-pub struct InboundSession {
-    initiator: Incarnation,
-    label: String,
-    stops: Arc<Stops>,
-    pulse: Arc<Pulse>,
-    book: Mutex<Book>,
-    /// A lane closed, or the session was superseded.
-    changed: Notify,
-    superseded: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Book {
-    ended: bool,
-    live: BTreeMap<LaneId, LiveLane>,
-    closed: VecDeque<(LaneId, LaneRecord)>,
-    /// Of earlier sessions, until the initiator has said Ready.
-    inherited: Vec<(LaneId, LaneRecord)>,
-}
-
-#[derive(Debug)]
-enum LiveLane {
-    Granted,
-    /// Its connection is on the way to a lane's owner; with the wish to close it, if there was one meanwhile.
-    Attaching(Option<Failure>),
-    Open(TargetLane),
-}
-
 impl Inbound {
     /// Nobody yet. At most `limit` initiators are remembered.
     pub fn new(memory: Arc<EngineMemory>, carriers: Arc<Carriers>, limit: usize) -> Arc<Self> {
@@ -113,6 +79,7 @@ impl Inbound {
         &self,
         initiator: Incarnation,
         label: String,
+        checksums: bool,
     ) -> Result<(Arc<InboundSession>, Vec<(LaneId, LaneRecord)>), Failure> {
         loop {
             let earlier = self.table().sessions.get(&initiator).cloned();
@@ -123,7 +90,7 @@ impl Inbound {
                 }
                 None => Vec::new(),
             };
-            let session = InboundSession::new(initiator, label.clone(), fenced.clone());
+            let session = InboundSession::new(initiator, label.clone(), checksums, fenced.clone());
             // Somebody else may have been confirmed meanwhile; then that one is the earlier one.
             if self.insert(&session, earlier.as_ref())? {
                 return Ok((session, fenced));
@@ -206,6 +173,7 @@ impl Inbound {
             stops: session.stops.clone(),
             sink: session.clone(),
             pulse: session.pulse.clone(),
+            checksums: session.checksums,
         };
         // Not under the lock: a lane may close, and say so, before this returns.
         let open = self.carriers.serve(stream, setup);
@@ -273,7 +241,8 @@ impl Inbound {
     pub fn list(&self) -> Vec<(Incarnation, String, usize)> {
         let table = self.table();
         let live = table.sessions.values().filter(|session| !session.book().ended);
-        live.map(|session| (session.initiator, session.label.clone(), session.book().live.len())).collect()
+        live.map(|session| (session.initiator, session.label().to_owned(), session.book().live.len()))
+            .collect()
     }
 
     fn revoke_tokens(&self, of: impl Fn(&Grant) -> bool) {
@@ -282,122 +251,5 @@ impl Inbound {
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl InboundSession {
-    fn new(initiator: Incarnation, label: String, inherited: Vec<(LaneId, LaneRecord)>) -> Arc<Self> {
-        Arc::new(Self {
-            initiator,
-            label,
-            stops: Stops::new(),
-            pulse: Arc::default(),
-            book: Mutex::new(Book { inherited, ..Book::default() }),
-            changed: Notify::new(),
-            superseded: AtomicBool::new(false),
-        })
-    }
-
-    /// Nothing of it can touch memory any more, and nobody serves it: where its handshake was not completed the
-    /// table alone knows it.
-    fn is_over(known: &Arc<Self>) -> bool {
-        let book = known.book();
-        book.live.is_empty() && (book.ended || Arc::strong_count(known) == 1)
-    }
-
-    fn supersede(&self) {
-        self.superseded.store(true, SeqCst);
-        self.changed.notify_waiters();
-    }
-
-    /// Transfers to be stopped on its lanes.
-    pub fn stops(&self) -> &Arc<Stops> {
-        &self.stops
-    }
-
-    /// Bytes heard on its lanes.
-    pub fn pulse(&self) -> &Arc<Pulse> {
-        &self.pulse
-    }
-
-    /// The last part that is over on a lane, while it is open.
-    pub fn progress(&self, lane: LaneId) -> Option<u64> {
-        match self.book().live.get(&lane)? {
-            LiveLane::Open(open) => Some(open.processed()),
-            LiveLane::Granted | LiveLane::Attaching(_) => None,
-        }
-    }
-
-    /// The initiator's own endpoint, as it said.
-    pub fn label(&self) -> &str {
-        &self.label
-    }
-
-    /// The initiator has heard what earlier sessions' lanes had processed.
-    pub fn ready(&self) {
-        self.book().inherited = Vec::new();
-    }
-
-    /// Resolves when another session of the initiator took this one's place, or the engine is gone.
-    pub async fn superseded(&self) {
-        self.until(|| self.superseded.load(SeqCst)).await;
-    }
-
-    fn close(&self, which: impl Fn(LaneId) -> bool, cause: &Failure) {
-        let mut book = self.book();
-        let mut unused = Vec::new();
-        for (lane, live) in book.live.iter_mut().filter(|(lane, _)| which(**lane)) {
-            match live {
-                LiveLane::Granted => unused.push(*lane),
-                LiveLane::Attaching(wish) => *wish = Some(cause.clone()),
-                LiveLane::Open(open) => open.close(cause.clone()),
-            }
-        }
-        for lane in unused {
-            book.live.remove(&lane);
-            book.record(lane, LaneRecord::default());
-            self.stops.forget(lane);
-        }
-    }
-
-    async fn closed(&self, which: impl Fn(LaneId) -> bool) {
-        self.until(|| !self.book().live.keys().any(|lane| which(*lane))).await;
-    }
-
-    async fn until(&self, holds: impl Fn() -> bool) {
-        loop {
-            // Registered before the look, so that a change in between is not missed.
-            let mut changed = std::pin::pin!(self.changed.notified());
-            changed.as_mut().enable();
-            if holds() {
-                return;
-            }
-            changed.await;
-        }
-    }
-
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Book {
-    fn record(&mut self, lane: LaneId, record: LaneRecord) {
-        if self.closed.len() == MAX_RECORDS {
-            self.closed.pop_front();
-        }
-        self.closed.push_back((lane, record));
-    }
-}
-
-impl TargetSink for InboundSession {
-    fn lane_closed(&self, lane: LaneId, record: LaneRecord, cause: Failure) {
-        let mut book = self.book();
-        if book.live.remove(&lane).is_some() {
-            book.record(lane, record);
-        }
-        drop(book);
-        tracing::debug!(initiator = %self.initiator, lane = lane.0, %cause, "inbound lane closed");
-        self.changed.notify_waiters();
     }
 }

@@ -59,6 +59,8 @@ pub struct Metrics {
     refused_revocations: Counter,
     /// Parts that targets refused because something was revoked.
     pub revoked_parts: Counter,
+    /// Parts whose payload did not fit its checksum when it arrived.
+    pub damaged_parts: Counter,
     /// Connections closed before they had said what they are.
     pub unclassified: Counter,
     /// Writes of the record of ports that failed.
@@ -96,6 +98,7 @@ impl Metrics {
             revocations: Family::default(),
             refused_revocations: Counter::default(),
             revoked_parts: Counter::default(),
+            damaged_parts: Counter::default(),
             unclassified: Counter::default(),
             unrecorded_ports: Counter::default(),
             engines: Gauge::default(),
@@ -134,6 +137,11 @@ impl Metrics {
             "revoked_parts",
             "Parts that hit a revocation at their target",
             self.revoked_parts.clone(),
+        );
+        r.register(
+            "damaged_parts",
+            "Parts that arrived with payload that does not fit its checksum",
+            self.damaged_parts.clone(),
         );
         r.register(
             "unclassified_connections",
@@ -315,6 +323,7 @@ mod tests {
         metrics.tag_revoked(true);
         metrics.tag_revoked(false);
         metrics.revoked_parts.inc_by(3);
+        metrics.damaged_parts.inc();
         metrics
     }
 
@@ -336,6 +345,7 @@ mod tests {
             "kvferry_revocations_total{of=\"tag\"} 1",
             "kvferry_refused_revocations_total 1",
             "kvferry_revoked_parts_total 3",
+            "kvferry_damaged_parts_total 1",
             "kvferry_unclassified_connections_total 1",
             "kvferry_registrar_queued_calls 4",
             "kvferry_registrar_most_active_calls 1",
@@ -367,6 +377,6 @@ mod tests {
             assert!(has_unit, "{name} ({kind})");
             names += 1;
         }
-        assert_eq!(names, 26);
+        assert_eq!(names, 27);
     }
 }

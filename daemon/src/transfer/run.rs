@@ -48,6 +48,8 @@ pub struct Admitted {
     pub tag: Option<Tag>,
     /// How often and how long.
     pub policy: RetryPolicy,
+    /// Outages in a row that fail the session when this transfer is given up; nothing: the session's own.
+    pub failure_threshold: Option<u32>,
     /// When it was received.
     pub received: Instant,
     /// Who was known at the target's endpoint when it was received, and the newest revocation of theirs.

@@ -33,6 +33,8 @@ pub(super) struct Record {
     to_target: Flow,
     to_client: Flow,
     ended: AtomicBool,
+    /// Nothing passes over this one.
+    held: AtomicBool,
     /// The begin of the stream to the target, at most a chunk.
     head: Mutex<Vec<u8>>,
     /// The end of it, of a data connection.
@@ -64,6 +66,7 @@ impl Record {
             to_target: Flow::default(),
             to_client: Flow::default(),
             ended: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             head: Mutex::default(),
             kept: Mutex::default(),
             replays,
@@ -95,6 +98,11 @@ impl Record {
         let bytes = kept[kept.len() - length as usize..].to_vec();
         self.replays.try_send(bytes).context("the connection is over")?;
         Ok(length)
+    }
+
+    /// Seen by its pumps at the next change of the controls.
+    pub(super) fn hold(&self, on: bool) {
+        self.held.store(on, SeqCst);
     }
 
     pub(super) fn head(&self) -> Vec<u8> {
@@ -134,8 +142,13 @@ pub(super) async fn run(
     let how = {
         let (from_client, to_client) = client.split();
         let (from_server, to_server) = server.split();
-        let there =
-            Pump { toward: Toward::Target, controls: controls.clone(), shared: &shared, record: &record };
+        let there = Pump {
+            toward: Toward::Target,
+            controls: controls.clone(),
+            shared: &shared,
+            record: &record,
+            vanish: 0,
+        };
         let back = Pump { toward: Toward::Client, controls: controls.clone(), ..there.clone() };
         tokio::select! {
             how = ordered_cut(controls) => how,
@@ -181,6 +194,8 @@ struct Pump<'a> {
     controls: watch::Receiver<Controls>,
     shared: &'a Shared,
     record: &'a Record,
+    /// Bytes that are still to be dropped.
+    vanish: u64,
 }
 
 impl Pump<'_> {
@@ -234,9 +249,15 @@ impl Pump<'_> {
         }
         let begin = self.flow().read.fetch_add(count as u64, SeqCst);
         let toward = self.toward;
+        let delay = self.controls.borrow().delay[toward as usize];
+        if !delay.is_zero() {
+            sleep(delay).await;
+        }
         // A black hole swallows the end of a connection too. The sender is kept by the handle, which outlives
         // this task: an error cannot mean "go on".
-        if self.controls.wait_for(|controls| !controls.hold[toward as usize]).await.is_err() {
+        let held = &self.record.held;
+        let opens = |controls: &Controls| !controls.hold[toward as usize] && !held.load(SeqCst);
+        if self.controls.wait_for(opens).await.is_err() {
             return Ok(Next::Cut(Cut::Fin));
         }
         let read = read?;
@@ -261,12 +282,16 @@ impl Pump<'_> {
     }
 
     /// Changes the bytes as scripted and says how many may pass, and what comes then.
-    fn apply(&self, begin: u64, bytes: &mut [u8]) -> (usize, Option<Cut>) {
+    fn apply(&mut self, begin: u64, bytes: &mut [u8]) -> (usize, Option<Cut>) {
         let end = begin + bytes.len() as u64;
         let hits = |fault| match fault {
             Fault::CutAfter { toward, bytes, .. } => toward == self.toward && (begin..=end).contains(&bytes),
-            Fault::Flip { at } => self.toward == Toward::Target && (begin..end).contains(&at),
+            Fault::Flip { at } | Fault::Drop { at, .. } => {
+                self.toward == Toward::Target && (begin..end).contains(&at)
+            }
         };
+        // Of a drop that began in an earlier chunk.
+        let mut gone = 0..usize::try_from(self.vanish).unwrap_or(usize::MAX).min(bytes.len());
         // An answer before the first byte of a connection has no kind, and no fault.
         let Some(kind) = self.record.kind() else { return (bytes.len(), None) };
         let mut allowed = (bytes.len(), None);
@@ -283,9 +308,16 @@ impl Pump<'_> {
                     }
                 }
                 Fault::Flip { at } => bytes[(at - begin) as usize] ^= 0xff,
+                Fault::Drop { at, bytes: count } => {
+                    let from = (at - begin) as usize;
+                    self.vanish = count;
+                    gone = from..bytes.len().min(from.saturating_add(count as usize));
+                }
             }
         }
-        allowed
+        self.vanish -= gone.len() as u64;
+        bytes.copy_within(gone.end.., gone.start);
+        (allowed.0 - gone.len().min(allowed.0), allowed.1)
     }
 
     /// Bytes to read at once: small enough that a throttled connection looks steady.

@@ -84,6 +84,13 @@ pub enum Fault {
         /// Which one.
         at: u64,
     },
+    /// Lets bytes vanish on their way to the target, while the connection lives.
+    Drop {
+        /// The first of them.
+        at: u64,
+        /// How many.
+        bytes: u64,
+    },
 }
 
 /// A fault for connections of a kind. A connection that ends before the fault's byte is spared and does not count.
@@ -130,6 +137,8 @@ struct Controls {
     refuse: bool,
     /// Toward the target, toward the client.
     hold: [bool; 2],
+    /// In the same order.
+    delay: [Duration; 2],
     /// Bytes a second, each data connection, each direction.
     throttle: Option<u64>,
     storm: Option<Storm>,
@@ -188,6 +197,7 @@ impl Proxy {
             target,
             refuse: false,
             hold: [false; 2],
+            delay: [Duration::ZERO; 2],
             throttle: None,
             storm: None,
             cut: (0, Cut::Fin),
@@ -231,6 +241,24 @@ impl Proxy {
     /// A black hole in one direction only.
     pub fn hold_toward(&self, toward: Toward, on: bool) {
         self.controls.send_modify(|controls| controls.hold[toward as usize] = on);
+    }
+
+    /// Hands on what goes in this direction so much later. What is on its way fills the path: no more than 64 KiB a
+    /// connection pass in one delay.
+    pub fn delay(&self, toward: Toward, by: Duration) {
+        self.controls.send_modify(|controls| controls.delay[toward as usize] = by);
+    }
+
+    /// A black hole for the n-th data connection alone, from 0 in the order of [`Proxy::data`]: a rail that hangs.
+    ///
+    /// # Panics
+    /// When there is no such connection.
+    pub fn hold_data(&self, nth: usize, on: bool) {
+        let records = self.shared.records();
+        let mut data = records.iter().filter(|record| record.kind() == Some(Kind::Data));
+        data.nth(nth).expect("so many data connections").hold(on);
+        // The pumps look at the record when the controls change.
+        self.controls.send_modify(|_| ());
     }
 
     /// Limits each data connection to so many bytes a second in each direction.

@@ -132,6 +132,47 @@ fn one_byte_is_flipped() {
 }
 
 #[test]
+fn bytes_vanish_and_the_connection_lives() {
+    let line = Line::new();
+    // Far more than is read at once.
+    line.proxy.script(rule(Kind::Data, Fault::Drop { at: 70_001, bytes: 200_000 }));
+    let (mut client, mut server) = line.connect();
+    let sent: Vec<u8> = (0..400_000u32).map(|at| if at == 0 { b'K' } else { (at % 251) as u8 }).collect();
+    let writes = std::thread::spawn({
+        let sent = sent.clone();
+        move || {
+            client.write_all(&sent).unwrap();
+            client
+        }
+    });
+    let bytes = read(&mut server, 200_000);
+    assert!(bytes[..70_001] == sent[..70_001] && bytes[70_001..] == sent[270_001..]);
+    let mut client = writes.join().unwrap();
+    client.write_all(b"next").unwrap();
+    assert_eq!(read(&mut server, 4), b"next");
+}
+
+#[test]
+fn a_delay_holds_in_its_direction() {
+    let line = Line::new();
+    let (mut client, mut server) = line.connect();
+    client.write_all(b"K").unwrap();
+    read(&mut server, 1);
+    line.proxy.delay(Toward::Client, Duration::from_millis(80));
+    let begin = Instant::now();
+    client.write_all(b"to").unwrap();
+    read(&mut server, 2);
+    let there = begin.elapsed();
+    server.write_all(b"back").unwrap();
+    read(&mut client, 4);
+    let back = begin.elapsed() - there;
+    assert!(back >= Duration::from_millis(80) && there < back, "{there:?} there, {back:?} back");
+    line.proxy.delay(Toward::Client, Duration::ZERO);
+    server.write_all(b"again").unwrap();
+    assert_eq!(read(&mut client, 5), b"again");
+}
+
+#[test]
 fn bytes_that_passed_can_be_repeated() {
     let line = Line::new();
     let (mut client, mut server) = line.connect();
@@ -228,4 +269,23 @@ fn a_storm_cuts_each_connection_at_a_byte_of_its_own() {
     let (mut client, mut server) = line.connect();
     client.write_all(&[b'K'; 60_000]).unwrap();
     read(&mut server, 60_000);
+}
+
+#[test]
+fn one_data_connection_is_held_and_the_others_go_on() {
+    let line = Line::new();
+    let (mut first, mut first_server) = line.connect();
+    first.write_all(b"K1").unwrap();
+    assert_eq!(read(&mut first_server, 2), b"K1");
+    let (mut second, mut second_server) = line.connect();
+    second.write_all(b"K2").unwrap();
+    assert_eq!(read(&mut second_server, 2), b"K2");
+    line.proxy.hold_data(0, true);
+    first.write_all(b"late").unwrap();
+    second.write_all(b"now").unwrap();
+    assert_eq!(read(&mut second_server, 3), b"now");
+    crate::eventually("the first one's bytes are inside", LIMIT, || line.proxy.data()[0].held == 4);
+    assert_eq!(line.proxy.data()[0].to_target, 2);
+    line.proxy.hold_data(0, false);
+    assert_eq!(read(&mut first_server, 4), b"late");
 }

@@ -6,7 +6,10 @@ use std::{
     os::fd::OwnedFd,
 };
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg, ReturnFlags, recvmsg};
+use rustix::{
+    io::Errno,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg, ReturnFlags, recvmsg},
+};
 use tokio::{io::Interest, net::UnixStream};
 
 use crate::domain::{Failure, Reason};
@@ -89,6 +92,11 @@ async fn receive_some(stream: &UnixStream, bytes: &mut [u8]) -> Result<(usize, O
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             fds.extend(rights);
         }
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) && fds.is_empty() {
+        // There was room for two: it is this process that had no number for it, and recvmsg(2) has no errno for that.
+        let message = "the daemon has no free descriptor (RLIMIT_NOFILE)";
+        return Err(Failure { code: Errno::MFILE.raw_os_error(), ..Failure::new(Reason::Limit, message) });
     }
     if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > 1 {
         return Err(bad("more than one descriptor came with the message"));

@@ -7,12 +7,15 @@ use std::{
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use prometheus_client::metrics::counter::Counter;
 
-use super::{record, table::Table};
+use super::{
+    record::{self, Clocks},
+    table::Table,
+};
 use crate::durable;
 
 /// Pause after a write, so that a storm of attaches is not a storm of writes.
@@ -105,7 +108,7 @@ impl Shared {
             if state.written == version {
                 return;
             }
-            let text = record::write(&state.table, Instant::now(), SystemTime::now());
+            let text = record::write(&state.table, Instant::now(), &Clocks::now());
             drop(state);
             let pause = match durable::replace(file, text.as_bytes()) {
                 Ok(()) => {

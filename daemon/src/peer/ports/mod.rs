@@ -14,11 +14,12 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     ops::RangeInclusive,
     path::PathBuf,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use keeper::Keeper;
 use prometheus_client::metrics::counter::Counter;
+use record::Clocks;
 use socket2::{Domain, Protocol, Socket, Type};
 use table::Table;
 
@@ -147,7 +148,7 @@ fn read(file: &std::path::Path) -> record::Record {
             return record::Record::default();
         }
     };
-    let left = record::parse(&text, SystemTime::now());
+    let left = record::parse(&text, &Clocks::now());
     if left.spoilt > 0 {
         tracing::warn!(file = %file.display(), lines = left.spoilt, "the record of ports is spoilt in places");
     }

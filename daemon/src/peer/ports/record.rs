@@ -1,14 +1,15 @@
 //! The table as a file: one line per port, so that its rest outlives the daemon.
 //!
-//! Rests are recorded by the wall clock, the only one that outlives a reboot. What a line does not say plainly
-//! is left out and counted: a spoilt record costs quarantines, never a start.
+//! The end of a rest is recorded by two clocks. Within one boot of the kernel its age decides, which nobody can set;
+//! the wall clock may jump, and is asked only where nothing else outlived the reboot. What a line does not say
+//! plainly is left out and counted: a spoilt record costs quarantines, never a start.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::table::{Entry, Standing, Table};
-use crate::domain::Incarnation;
+use crate::{domain::Incarnation, kernel};
 
-const HEADER: &str = "kvferry ports 1";
+const HEADER: &str = "kvferry ports 2";
 
 /// What a record says.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -20,30 +21,65 @@ pub(super) struct Record {
     pub(super) spoilt: usize,
 }
 
-pub(super) fn write(table: &Table, now: std::time::Instant, wall: SystemTime) -> String {
-    let mut text = format!("{HEADER}\nnext {}\n", table.next());
+/// What time it is, by the clocks that outlive a daemon.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Clocks {
+    /// Which boot of the kernel. Empty where it does not say: then it is another one every time.
+    pub(super) boot: String,
+    pub(super) since_boot: Duration,
+    /// Since 1970.
+    pub(super) wall: Duration,
+}
+
+impl Clocks {
+    pub(super) fn now() -> Self {
+        Self {
+            boot: kernel::boot_id().unwrap_or_default(),
+            since_boot: kernel::since_boot(),
+            wall: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+        }
+    }
+}
+
+/// `now` is the instant at which the clocks were read.
+pub(super) fn write(table: &Table, now: Instant, clocks: &Clocks) -> String {
+    let mut text = format!("{HEADER}\nboot {}\nnext {}\n", clocks.boot, table.next());
     for Entry { port, who, standing } in table.entries(now) {
         let who: String = who.0.iter().map(|byte| format!("{byte:02x}")).collect();
         let line = match standing {
             Standing::InUse => format!("in-use {port} {who}\n"),
-            Standing::Rests(rest) => format!("rests {port} {who} {}\n", unix_ms(wall + rest)),
+            Standing::Rests(rest) => {
+                let until = [clocks.since_boot, clocks.wall].map(|clock| (clock + rest).as_millis());
+                format!("rests {port} {who} {} {}\n", until[0], until[1])
+            }
         };
         text.push_str(&line);
     }
     text
 }
 
-/// Rests that are over by `wall` are left out.
-pub(super) fn parse(text: &str, wall: SystemTime) -> Record {
+/// Rests that are over by now are left out.
+pub(super) fn parse(text: &str, clocks: &Clocks) -> Record {
     let mut lines = text.lines();
     if lines.next() != Some(HEADER) {
         return Record { spoilt: 1, ..Record::default() };
     }
     let mut record = Record::default();
+    let mut same_boot = false;
     for line in lines {
-        match parse_line(line, wall) {
+        match parse_line(line) {
+            Some(Line::Boot(boot)) => same_boot = !boot.is_empty() && boot == clocks.boot,
             Some(Line::Next(port)) => record.next = Some(port),
-            Some(Line::Port(entry)) => record.entries.push(entry),
+            Some(Line::InUse(port, who)) => {
+                record.entries.push(Entry { port, who, standing: Standing::InUse });
+            }
+            Some(Line::Rests(port, who, until)) => {
+                let rest = match same_boot {
+                    true => until.since_boot.saturating_sub(clocks.since_boot),
+                    false => until.wall.saturating_sub(clocks.wall),
+                };
+                record.entries.push(Entry { port, who, standing: Standing::Rests(rest) });
+            }
             None => record.spoilt += 1,
         }
     }
@@ -51,23 +87,28 @@ pub(super) fn parse(text: &str, wall: SystemTime) -> Record {
     record
 }
 
-enum Line {
+enum Line<'a> {
+    Boot(&'a str),
     Next(u16),
-    Port(Entry),
+    InUse(u16, Incarnation),
+    Rests(u16, Incarnation, Until),
 }
 
-fn parse_line(line: &str, wall: SystemTime) -> Option<Line> {
+struct Until {
+    since_boot: Duration,
+    wall: Duration,
+}
+
+fn parse_line(line: &str) -> Option<Line<'_>> {
     let words: Vec<&str> = line.split(' ').collect();
-    let entry = |port: &str, who: &str, standing| {
-        Some(Line::Port(Entry { port: port.parse().ok()?, who: incarnation(who)?, standing }))
-    };
+    let millis = |text: &str| text.parse().ok().map(Duration::from_millis);
     match words[..] {
+        ["boot", boot] => Some(Line::Boot(boot)),
         ["next", port] => Some(Line::Next(port.parse().ok()?)),
-        ["in-use", port, who] => entry(port, who, Standing::InUse),
-        ["rests", port, who, until] => {
-            let until = Duration::from_millis(until.parse().ok()?);
-            let rest = until.saturating_sub(wall.duration_since(UNIX_EPOCH).unwrap_or_default());
-            entry(port, who, Standing::Rests(rest))
+        ["in-use", port, who] => Some(Line::InUse(port.parse().ok()?, incarnation(who)?)),
+        ["rests", port, who, since_boot, wall] => {
+            let until = Until { since_boot: millis(since_boot)?, wall: millis(wall)? };
+            Some(Line::Rests(port.parse().ok()?, incarnation(who)?, until))
         }
         _ => None,
     }
@@ -84,57 +125,88 @@ fn incarnation(text: &str) -> Option<Incarnation> {
     Some(Incarnation(bytes))
 }
 
-fn unix_ms(time: SystemTime) -> u128 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
-    const WALL: Duration = Duration::from_secs(1_700_000_000);
+    const HOUR: Duration = Duration::from_secs(3600);
+    const QUARANTINE: Duration = Duration::from_secs(900);
 
-    #[test]
-    fn a_table_comes_back_from_its_record() {
-        let (now, wall) = (Instant::now(), UNIX_EPOCH + WALL);
-        let mut table = Table::new(20_000..=20_009, Duration::from_secs(900), 20_005);
+    fn clocks() -> Clocks {
+        let wall = Duration::from_secs(1_700_000_000);
+        Clocks { boot: "one".to_owned(), since_boot: 10 * HOUR, wall }
+    }
+
+    fn later(clocks: &Clocks, by: Duration) -> Clocks {
+        Clocks { since_boot: clocks.since_boot + by, wall: clocks.wall + by, ..clocks.clone() }
+    }
+
+    /// 20001 is in use, 20002 rests.
+    fn text() -> String {
+        let now = Instant::now();
+        let mut table = Table::new(20_000..=20_009, QUARANTINE, 20_005);
         table.take(20_001, Incarnation([1; 32]), now);
         table.take(20_002, Incarnation([0xab; 32]), now);
         table.give_back(20_002, now);
-        let text = write(&table, now, wall);
-        let read = parse(&text, wall + Duration::from_secs(100));
+        write(&table, now, &clocks())
+    }
+
+    fn rest(clocks: &Clocks) -> Option<Duration> {
+        let rests = |entry: &Entry| match entry.standing {
+            Standing::Rests(rest) => Some(rest),
+            Standing::InUse => None,
+        };
+        parse(&text(), clocks).entries.iter().find_map(rests)
+    }
+
+    #[test]
+    fn a_table_comes_back_from_its_record() {
+        let read = parse(&text(), &later(&clocks(), Duration::from_secs(100)));
         let entry = |port, byte, standing| Entry { port, who: Incarnation([byte; 32]), standing };
         let rests = Standing::Rests(Duration::from_secs(800));
         assert_eq!(read.entries, [entry(20_001, 1, Standing::InUse), entry(20_002, 0xab, rests)]);
         assert_eq!((read.next, read.spoilt), (Some(20_005), 0));
-        let later = parse(&text, wall + Duration::from_secs(900));
-        assert_eq!(later.entries.len(), 1, "a rest that is over is not restored");
+        assert_eq!(rest(&later(&clocks(), QUARANTINE)), None, "a rest that is over is not restored");
+    }
+
+    /// H2.
+    #[test]
+    fn h2_the_wall_clock_decides_only_over_a_reboot() {
+        let (soon, clocks) = (Duration::from_secs(100), clocks());
+        let jumped = Clocks { wall: clocks.wall + HOUR, ..later(&clocks, soon) };
+        let set_back = Clocks { wall: clocks.wall - HOUR, ..later(&clocks, soon) };
+        assert_eq!(rest(&jumped), Some(QUARANTINE - soon), "nothing expires early");
+        assert_eq!(rest(&set_back), Some(QUARANTINE - soon), "nothing lives longer");
+        let rebooted = |boot: &str, wall| Clocks { boot: boot.to_owned(), since_boot: soon, wall };
+        assert_eq!(rest(&rebooted("another", clocks.wall + soon)), Some(QUARANTINE - soon));
+        assert_eq!(rest(&rebooted("another", clocks.wall + QUARANTINE)), None);
+        // A kernel that does not say who it is may be any.
+        assert_eq!(rest(&rebooted("", clocks.wall + soon)), Some(QUARANTINE - soon));
     }
 
     #[test]
     fn what_makes_no_sense_is_left_out_and_counted() {
         let who = "01".repeat(32);
-        let wall = UNIX_EPOCH + WALL;
-        for spoilt in ["", "kvferry ports 2\nnext 1", "\0\0\0", "in-use 20000"] {
-            assert_eq!(parse(spoilt, wall), Record { spoilt: 1, ..Record::default() }, "{spoilt:?}");
+        let read = |text: &str| parse(text, &clocks());
+        for spoilt in ["", "kvferry ports 1\nnext 1", "\0\0\0", "in-use 20000"] {
+            assert_eq!(read(spoilt), Record { spoilt: 1, ..Record::default() }, "{spoilt:?}");
         }
         let text = format!(
-            "{HEADER}\nnext 70000\nin-use 20000 {who}\nin-use 20001 zz{}\nrests 20002 {who}\nrests 20003 {who} -5\n\
-             in-use 20004 {}\nrests 20005 {who} 99999999999999999999999\nwhat is this\nin-use 20006 {who}",
+            "{HEADER}\nnext 70000\nin-use 20000 {who}\nin-use 20001 zz{}\nrests 20002 {who} 5\n\
+             rests 20003 {who} -5 5\nin-use 20004 {}\nrests 20005 {who} 5 99999999999999999999999\nwhat is this\n\
+             in-use 20006 {who}",
             &who[2..],
             "é".repeat(32),
         );
-        let read = parse(&text, wall);
+        let read = read(&text);
         assert_eq!(read.entries.iter().map(|entry| entry.port).collect::<Vec<_>>(), [20_000, 20_006]);
         assert_eq!((read.next, read.spoilt), (None, 7));
     }
 
     #[test]
     fn a_time_beyond_all_bounds_is_still_only_a_long_rest() {
-        let who = "01".repeat(32);
-        let read = parse(&format!("{HEADER}\nrests 20000 {who} {}", u64::MAX), UNIX_EPOCH + WALL);
+        let text = format!("{HEADER}\nrests 20000 {} {} {}", "01".repeat(32), u64::MAX, u64::MAX);
+        let read = parse(&text, &clocks());
         assert!(matches!(read.entries[..], [Entry { standing: Standing::Rests(_), .. }]), "{read:?}");
     }
 }

@@ -35,7 +35,7 @@ fn apply(health: &mut Health, event: Event, now: Instant, draw: f64) -> Option<H
     match event {
         Event::OutageBegan => health.outage_began(),
         Event::OutageEnded => health.outage_ended(),
-        Event::GivenUp(op) => return health.given_up(op, now, draw),
+        Event::GivenUp(op) => return health.given_up(op, None, now, draw),
         Event::Success(op) => health.success(op),
         Event::ProbeDue => return health.probe_due(now),
         Event::ProbeAsked => return health.probe_asked(),
@@ -66,7 +66,7 @@ const NO_JITTER: f64 = 1.0;
 fn failed(now: Instant) -> Health {
     let mut health = Health::new(policy(1));
     health.outage_began();
-    assert!(health.given_up(Op::Write, now, NO_JITTER).is_some());
+    assert!(health.given_up(Op::Write, None, now, NO_JITTER).is_some());
     health
 }
 
@@ -125,27 +125,47 @@ fn an_outage_counts_once_however_many_transfers_it_took() {
     for outage in 1..=2 {
         health.outage_began();
         for _ in 0..100 {
-            assert_eq!(health.given_up(Op::Write, now, 0.5), None);
+            assert_eq!(health.given_up(Op::Write, None, now, 0.5), None);
             health.outage_began();
         }
         health.outage_ended();
-        assert_eq!(health.given_up(Op::Write, now, 0.5), None, "told late, but of the same outage");
+        assert_eq!(health.given_up(Op::Write, None, now, 0.5), None, "told late, but of the same outage");
         assert_eq!(health.count(Op::Write), outage);
     }
     health.outage_began();
-    assert!(matches!(health.given_up(Op::Write, now, 0.5), Some(HealthChange::Failed { .. })));
+    assert!(matches!(health.given_up(Op::Write, None, now, 0.5), Some(HealthChange::Failed { .. })));
 }
 
 #[test]
 fn a_transfer_told_late_counts_for_the_outage_that_just_ended() {
     let now = start();
     let mut health = Health::new(policy(2));
-    assert_eq!(health.given_up(Op::Read, now, 0.5), None);
+    assert_eq!(health.given_up(Op::Read, None, now, 0.5), None);
     assert_eq!(health.count(Op::Read), 0, "no outage, nothing to count");
     health.outage_began();
     health.outage_ended();
-    assert_eq!(health.given_up(Op::Read, now, 0.5), None);
+    assert_eq!(health.given_up(Op::Read, None, now, 0.5), None);
     assert_eq!(health.count(Op::Read), 1);
+}
+
+/// Precedence: transfer, then engine, then configuration.
+#[test]
+fn a_transfer_may_bring_its_own_threshold() {
+    let now = start();
+    let given_up = |health: &mut Health, own| health.given_up(Op::Write, own, now, 0.5).is_some();
+    let mut health = Health::new(policy(2));
+    assert!(!given_up(&mut health, Some(1)), "no outage, nothing to count");
+    health.outage_began();
+    assert!(!given_up(&mut health, None));
+    assert!(given_up(&mut health, Some(1)), "the strictest of one outage decides, counted or not");
+    let mut health = Health::new(policy(2));
+    for outage in 1..=4 {
+        health.outage_began();
+        assert!(!given_up(&mut health, Some(9)), "outage {outage}: it is patient");
+        health.outage_ended();
+    }
+    assert_eq!(health.count(Op::Write), 4);
+    assert!(given_up(&mut health, None), "others are not");
 }
 
 #[test]
@@ -153,14 +173,14 @@ fn directions_are_counted_apart() {
     let now = start();
     let mut health = Health::new(policy(2));
     health.outage_began();
-    assert_eq!(health.given_up(Op::Write, now, 0.5), None);
-    assert_eq!(health.given_up(Op::Read, now, 0.5), None);
+    assert_eq!(health.given_up(Op::Write, None, now, 0.5), None);
+    assert_eq!(health.given_up(Op::Read, None, now, 0.5), None);
     health.outage_ended();
     health.success(Op::Write);
     assert_eq!((health.count(Op::Write), health.count(Op::Read)), (0, 1));
     health.outage_began();
-    assert_eq!(health.given_up(Op::Write, now, 0.5), None);
-    assert!(health.given_up(Op::Read, now, 0.5).is_some());
+    assert_eq!(health.given_up(Op::Write, None, now, 0.5), None);
+    assert!(health.given_up(Op::Read, None, now, 0.5).is_some());
 }
 
 #[test]
@@ -185,7 +205,7 @@ fn a_healed_session_starts_from_zero() {
     let mut health = Health::new(policy(2));
     for _ in 0..2 {
         health.outage_began();
-        health.given_up(Op::Write, now, 0.5);
+        health.given_up(Op::Write, None, now, 0.5);
         health.outage_ended();
     }
     assert!(health.is_failed());
@@ -193,7 +213,7 @@ fn a_healed_session_starts_from_zero() {
     assert_eq!(health.probe_ok(), Some(HealthChange::Recovered));
     assert_eq!(health.count(Op::Write), 0);
     health.outage_began();
-    assert_eq!(health.given_up(Op::Write, now, 0.5), None);
+    assert_eq!(health.given_up(Op::Write, None, now, 0.5), None);
 }
 
 fn events() -> impl Strategy<Value = Vec<(Event, u64, f64)>> {
@@ -244,7 +264,7 @@ proptest! {
         let cap = ms(cap);
         let mut health = Health::new(HealthPolicy { failure_threshold: 1, probe_max: cap });
         health.outage_began();
-        health.given_up(Op::Write, now, draws[0]);
+        health.given_up(Op::Write, None, now, draws[0]);
         let mut last = Duration::ZERO;
         for draw in draws {
             let HealthState::Failed { next_probe } = health.state() else { panic!("not failed") };

@@ -124,6 +124,55 @@ fn a_tombstone_keeps_its_age_wherever_it_is_handed() {
     assert!(revoked.since(Epoch(0), old).tags.is_empty(), "what is past its time is not told");
 }
 
+/// What happens to an endpoint.
+#[derive(Clone, Debug)]
+enum Step {
+    Ranges(Vec<AddressRange>),
+    Tag(u8),
+    /// So many seconds pass.
+    Pass(u64),
+    /// A daemon that restarts is handed what the last one knew.
+    Restart,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => ranges().prop_map(Step::Ranges),
+        3 => (0u8..6).prop_map(Step::Tag),
+        2 => (1u64..500).prop_map(Step::Pass),
+        1 => Just(Step::Restart),
+    ]
+}
+
+/// What there is to tell, byte by byte and tag by tag: all of it is looked at for every peer.
+#[derive(Default)]
+struct Untold {
+    bytes: BTreeMap<u64, Epoch>,
+    tags: BTreeMap<Tag, (Epoch, Instant)>,
+}
+
+impl Untold {
+    fn since(&self, told: Epoch, floor: Epoch) -> BTreeMap<u64, Epoch> {
+        let newer = self.bytes.iter().filter(|(_, epoch)| **epoch > told && **epoch > floor);
+        newer.map(|(byte, epoch)| (*byte, *epoch)).collect()
+    }
+
+    fn tags_since(&self, told: Epoch, now: Instant) -> Vec<TagRevoked> {
+        let age = |since: Instant| now.saturating_duration_since(since);
+        let stands = |(_, (epoch, since)): &(&Tag, &(Epoch, Instant))| {
+            *epoch > told && age(*since) < LIMITS.tombstone_life
+        };
+        let tell = |(tag, (epoch, since)): (&Tag, &(Epoch, Instant))| TagRevoked {
+            tag: *tag,
+            epoch: *epoch,
+            age: age(*since),
+        };
+        let mut tags: Vec<_> = self.tags.iter().filter(stands).map(tell).collect();
+        tags.sort_by_key(|tag| tag.epoch);
+        tags
+    }
+}
+
 /// Everything that was ever revoked.
 #[derive(Default)]
 struct Model {
@@ -173,6 +222,38 @@ proptest! {
             let expected = model.judge(admitted, &runs);
             prop_assert_eq!(revoked.judge(Epoch(admitted), None, runs.clone(), now), expected);
             prop_assert_eq!(restored.judge(Epoch(admitted), None, runs, now), expected);
+        }
+    }
+
+    /// Whatever a peer has been told so far, the rest is what a look at everything would find.
+    #[test]
+    fn a_peer_is_told_all_that_is_new_and_nothing_else(steps in prop::collection::vec(step(), 0..40)) {
+        let mut now = Instant::now();
+        let (mut revoked, mut model) = (Revocations::new(LIMITS), Untold::default());
+        for step in steps {
+            match step {
+                Step::Ranges(ranges) => {
+                    let epoch = revoked.revoke(ranges.clone());
+                    model.bytes.extend(ranges.iter().flat_map(|range| range.base()..range.end()).map(|at| (at, epoch)));
+                }
+                Step::Tag(number) => {
+                    if let Ok(epoch) = revoked.revoke_tag(tag(number), now) {
+                        model.tags.insert(tag(number), (epoch, now));
+                    }
+                }
+                Step::Pass(seconds) => now += Duration::from_secs(seconds),
+                Step::Restart => {
+                    revoked = Revocations::restore(LIMITS, revoked.since(Epoch(0), now), now).expect("its own list");
+                }
+            }
+            for told in (0..=revoked.epoch().0 + 1).map(Epoch) {
+                let news = revoked.since(told, now);
+                prop_assert_eq!((news.epoch, news.floor), (revoked.epoch(), revoked.floor()));
+                prop_assert!(news.ranges.is_sorted());
+                let named = news.ranges.iter().flat_map(|(at, range)| (range.base()..range.end()).map(|byte| (byte, *at)));
+                prop_assert_eq!(named.collect::<BTreeMap<_, _>>(), model.since(told, news.floor));
+                prop_assert_eq!(news.tags, model.tags_since(told, now));
+            }
         }
     }
 

@@ -8,10 +8,10 @@ use std::{
     time::Duration,
 };
 
-use super::*;
+use super::{session::MAX_RECORDS, *};
 use crate::{
     memory::{LockPolicy, Quota, Registrar, SystemDriver, testing::own_memory},
-    transport::tcp::TargetLane,
+    transport::{TargetSink, tcp::TargetLane},
 };
 
 const ALICE: Incarnation = Incarnation([0xa; 32]);
@@ -35,7 +35,7 @@ impl Place {
     }
 
     async fn confirm(&self, who: Incarnation) -> (Arc<InboundSession>, Vec<(LaneId, LaneRecord)>) {
-        self.inbound.confirm(who, "peer:1".into()).await.expect("a session")
+        self.inbound.confirm(who, "peer:1".into(), false).await.expect("a session")
     }
 
     fn grant(&self, session: &Arc<InboundSession>, lane: LaneId) -> Token {
@@ -63,6 +63,7 @@ impl Place {
             stops: session.stops.clone(),
             sink: Arc::new(Deaf),
             pulse: session.pulse.clone(),
+            checksums: false,
         };
         let open: TargetLane = self.carriers.serve(there, setup);
         session.book().live.insert(lane, LiveLane::Open(open));
@@ -260,7 +261,7 @@ async fn i8_sessions_that_are_over_make_room() {
     let (session, _) = place.confirm(ALICE).await;
     let _open = place.reluctant(&session, LANE);
     let refusal =
-        || async { place.inbound.confirm(BOB, "peer:2".into()).await.map(drop).map_err(|f| f.reason) };
+        || async { place.inbound.confirm(BOB, "peer:2".into(), false).await.map(drop).map_err(|f| f.reason) };
     assert_eq!(refusal().await, Err(Reason::Limit));
     let cause = gone();
     let mut fence = pin!(place.inbound.fence_all(&session, &cause));
@@ -298,6 +299,6 @@ async fn i10_the_engines_end_ends_all_sessions() {
     closes(&bob, LANE, 0);
     assert!(poll(close.as_mut()).is_some());
     alice.superseded().await;
-    let refused = place.inbound.confirm(ALICE, "peer:1".into()).await.expect_err("the engine is gone");
+    let refused = place.inbound.confirm(ALICE, "peer:1".into(), false).await.expect_err("the engine is gone");
     assert_eq!(refused.reason, Reason::EngineGone);
 }

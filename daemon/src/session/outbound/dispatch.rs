@@ -70,27 +70,22 @@ impl Outbound {
             .filter(|(_, lane)| lane.kind == kind && lane.is_open())
             .map(|(id, _)| (*id, Vec::new()))
             .collect();
-        // Transfers in a row that stayed and had nothing to send now: a whole round of them is the end.
-        let mut idle = 0;
-        while idle < self.rotation[kind as usize].len() {
-            let Some(at) = self.roomiest(&open) else { break };
+        while let Some(at) = self.roomiest(&open) {
             let Some(transfer) = self.rotation[kind as usize].pop_front() else { break };
             // One that ended while it waited leaves the rotation here.
             let Some(run) = self.runs.get_mut(&transfer) else { continue };
-            let mut sent = false;
             if let Some(part) = run.is_ready(self.now).then(|| run.take(self.now)).flatten()
                 && let Some(payload) = run.payload.clone()
                 && let Some(lane) = self.lanes.get_mut(&open[at].0)
             {
                 let sequence = lane.assign(transfer, part, self.now);
                 open[at].1.push(SequencedPart { sequence, part: Part { payload, index: part } });
-                sent = true;
             }
-            run.queued = run.has_todo();
+            // Who backs off leaves too, and is queued again when its time comes (see `expire`).
+            run.queued = run.is_ready(self.now);
             if run.queued {
                 self.rotation[kind as usize].push_back(transfer);
             }
-            idle = if sent { 0 } else { idle + usize::from(run.queued) };
         }
         let batches = open.into_iter().filter(|(_, parts)| !parts.is_empty());
         self.actions.extend(batches.map(|(lane, parts)| Action::Submit(lane, parts)));

@@ -4,8 +4,6 @@
 //! gate proves the other. It disturbs no other transfer and closes no lane. Where the peer cannot answer, the
 //! report says UNCONFIRMED; where this side cannot be proven in time, the answer is UNSETTLED until it is.
 
-use std::time::Instant;
-
 use super::{Action, Outbound};
 use crate::{
     domain::{Failure, LaneId, Op, Outcome, PeerHalf, Reason, Report, TransferId},
@@ -33,7 +31,7 @@ impl Outbound {
     /// Decides that the transfer is to be over. Nothing happens where that was decided before.
     pub(super) fn end(&mut self, transfer: TransferId, failure: Failure) {
         let Some(run) = self.runs.get_mut(&transfer).filter(|run| !run.is_ending()) else { return };
-        let op = run.admitted.op;
+        let (op, threshold) = (run.admitted.op, run.admitted.failure_threshold);
         let mut ending = Ending::decided(failure.clone(), self.now);
         let lanes = self.lanes.iter().filter(|(_, lane)| lane.last_of(transfer).is_some());
         ending.peer_pending = lanes.map(|(id, _)| *id).collect();
@@ -44,7 +42,7 @@ impl Outbound {
         ending.own_settled = !in_doubt;
         run.end(ending);
         if disposition(failure.reason, Origin::Peer).counts && !self.probing.is(transfer) {
-            self.given_up(op);
+            self.given_up(op, threshold);
         }
         self.finish_if_settled(transfer);
     }
@@ -93,13 +91,7 @@ impl Outbound {
 
     /// Ends what is past its deadline, and waits for nobody's word longer than is allowed.
     pub(super) fn expire(&mut self) {
-        let due: Vec<TransferId> = self
-            .runs
-            .iter()
-            .filter(|(_, run)| self.run_wake(run).is_some_and(|at| at <= self.now))
-            .map(|(id, _)| *id)
-            .collect();
-        for transfer in due {
+        for transfer in self.runs.due(self.now) {
             let Some(run) = self.runs.get_mut(&transfer) else { continue };
             let late = run.deadline() <= self.now;
             match &mut run.phase {
@@ -125,16 +117,6 @@ impl Outbound {
                     self.queue(transfer);
                 }
             }
-        }
-    }
-
-    /// When time alone changes something for the transfer.
-    pub(super) fn run_wake(&self, run: &Run) -> Option<Instant> {
-        match &run.phase {
-            Phase::Ending(ending) if ending.own_settled => Some(ending.peer_deadline(self.policy.peer_wait)),
-            Phase::Ending(ending) if ending.told_unsettled => None,
-            Phase::Ending(ending) => Some(ending.since + self.policy.settle),
-            _ => Some(run.not_before.map_or(run.deadline(), |at| at.min(run.deadline()))),
         }
     }
 
@@ -174,8 +156,8 @@ impl Outbound {
         self.actions.push(Action::Finish(Box::new(run), report));
     }
 
-    fn given_up(&mut self, op: Op) {
-        let change = self.health.given_up(op, self.now, self.draw);
+    fn given_up(&mut self, op: Op, own_threshold: Option<u32>) {
+        let change = self.health.given_up(op, own_threshold, self.now, self.draw);
         self.health_changed(change);
     }
 

@@ -70,8 +70,8 @@ impl Outbound {
         }
     }
 
-    pub(super) fn wants_link(&self) -> bool {
-        self.runs.values().any(|run| !run.is_ending())
+    pub(super) fn wants_link(&mut self) -> bool {
+        self.runs.any_live()
     }
 
     pub(super) fn opened(&mut self, opened: Opened) {

@@ -5,6 +5,7 @@
 //!
 //! - [`event`]: the words it is spoken to in, and answers in;
 //! - [`link`]: is the control stream up, and when is it tried again;
+//! - [`runs`]: its transfers, and what is asked of all of them at every event;
 //! - [`planning`]: which table a plan is made from, and when it is made anew;
 //! - [`dispatch`]: which part goes where next;
 //! - [`lanes`], [`lane_life`]: which parts are in doubt on which lane, and until when (I2);
@@ -21,18 +22,16 @@ mod link;
 mod planning;
 mod probe;
 mod revoking;
+mod runs;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 pub use event::{Action, Counts, Event, Opened, PlanFailure, PlanOrder, Policy, State, Summary};
 use lanes::{LaneState, Lanes};
 pub use link::Link;
+use runs::{Patience, Runs};
 
 use super::PeerTable;
 use crate::{
@@ -79,8 +78,7 @@ pub struct Outbound {
     lanes: Lanes,
     next_lane: u64,
     lane_retry_at: Option<Instant>,
-    /// Ordered, so that the same events always lead to the same actions in the same order.
-    runs: BTreeMap<TransferId, Run>,
+    runs: Runs,
     rotation: [VecDeque<TransferId>; 2],
     /// Runs from the first failure of an outage until the session is fully open again, or given up.
     reconnect: Option<Reconnect>,
@@ -113,7 +111,7 @@ impl Outbound {
             lanes: Lanes::new(),
             next_lane: first_lane,
             lane_retry_at: None,
-            runs: BTreeMap::new(),
+            runs: Runs::new(Patience { peer_wait: policy.peer_wait, settle: policy.settle }),
             rotation: Default::default(),
             reconnect: None,
             peer_draining: false,
@@ -138,6 +136,7 @@ impl Outbound {
         self.apply(event);
         self.proceed();
         self.tell_state();
+        self.runs.catch_up();
         std::mem::take(&mut self.actions)
     }
 
@@ -257,10 +256,10 @@ impl Outbound {
 
     /// When time alone may change something.
     pub fn next_wake(&self) -> Option<Instant> {
-        let runs = self.runs.values().filter_map(|run| self.run_wake(run)).min();
         let lanes = self.lanes.values().filter_map(|lane| self.lane_wake(lane)).min();
         let cycle = self.reconnect.as_ref().filter(|_| !self.link.is_up()).map(|cycle| cycle.ends());
-        [runs, lanes, cycle, self.link.wake(), self.lane_retry_at, self.probe_at].into_iter().flatten().min()
+        let own = [self.link.wake(), self.lane_retry_at, self.probe_at];
+        own.into_iter().chain([self.runs.next_wake(), lanes, cycle]).flatten().min()
     }
 
     /// Lanes whose movement matters now.

@@ -39,7 +39,7 @@ impl Outbound {
         let Some(run) = self.runs.get_mut(&transfer).filter(waits) else { return };
         if self.peer.as_ref().is_none_or(|peer| peer.boot != boot) {
             // Made from the tables of a daemon that is gone: its numbers mean nothing now.
-            return self.plan_where(|run| run.admitted.id == transfer);
+            return self.plan_again(transfer);
         }
         match result {
             Ok(payload) => {
@@ -76,11 +76,15 @@ impl Outbound {
     pub(super) fn plan_where(&mut self, choose: impl Fn(&Run) -> bool) {
         let chosen: Vec<TransferId> =
             self.runs.iter().filter(|(_, run)| choose(run)).map(|(id, _)| *id).collect();
-        for id in chosen {
-            if let Some(mut run) = self.runs.remove(&id) {
-                self.plan(&mut run);
-                self.runs.insert(id, run);
-            }
+        for transfer in chosen {
+            self.plan_again(transfer);
+        }
+    }
+
+    fn plan_again(&mut self, transfer: TransferId) {
+        if let Some(mut run) = self.runs.remove(&transfer) {
+            self.plan(&mut run);
+            self.runs.insert(transfer, run);
         }
     }
 }

@@ -86,6 +86,7 @@ impl Outbound {
             request: Arc::new(Request::Slices(batch)),
             local: vec![],
             tag: None,
+            failure_threshold: None,
             policy: RetryPolicy { attempts: 1, deadline: PROBE_TIMEOUT, ..self.policy.retry },
             received: self.now,
             known: None,

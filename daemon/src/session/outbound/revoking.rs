@@ -92,6 +92,11 @@ impl Outbound {
         }
     }
 
+    /// Whether it is here, ending or not.
+    pub fn carries(&self, transfer: TransferId) -> bool {
+        self.runs.contains_key(&transfer)
+    }
+
     /// The own engine's epoch under which the transfer was admitted; none for a probe's.
     pub fn own_epoch(&self, transfer: TransferId) -> Option<Epoch> {
         let run = self.runs.get(&transfer).filter(|_| !self.probing.is(transfer));

@@ -3,11 +3,17 @@
 //! Mapped memory goes straight between socket and region. A part with a piece of process memory goes through
 //! the thread's bounce buffer, filled or emptied within the same visit to the gate. A part that may not touch
 //! memory any more is *put aside*: what is left of it comes from zeros or goes to scrap, so the lane lives on.
+//!
+//! Where the daemons have agreed on checksums, the payload is summed as it passes: before its first byte goes,
+//! and as it lands. Both happen inside the gate, as every touch of engine memory does.
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 pub(super) use super::io::Page;
-use super::io::{self as calls, Received, Scatter};
+use super::{
+    io::{self as calls, Received, Scatter},
+    wire::{Trailer, Violation},
+};
 use crate::{
     domain::{Failure, Reason},
     memory::Region,
@@ -26,6 +32,18 @@ pub(super) struct Body {
     at: usize,
     offset: u64,
     left: u64,
+    /// Checksums were agreed on.
+    sums: bool,
+    /// Nothing for what was put aside: padding is not summed.
+    sum: Option<Sum>,
+}
+
+/// The CRC32C of payload from its first byte on.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    crc: u32,
+    /// Bytes that are in it and still to move.
+    ahead: u64,
 }
 
 /// What went wrong in a call: the connection, or the engine's memory.
@@ -61,9 +79,15 @@ pub(super) struct Receipt {
 }
 
 impl Body {
+    /// Empty; `sums` where payload is to be summed.
+    pub(super) fn new(sums: bool) -> Self {
+        Self { sums, ..Self::default() }
+    }
+
     /// Takes up a part's pieces. They have been checked: inside their regions, not retired.
     pub(super) fn fill<'a>(&mut self, places: impl Iterator<Item = Place<'a>> + Clone) {
         self.clear();
+        self.sum = self.sums.then(Sum::default);
         let mapped =
             places.clone().all(|(region, address, length)| self.direct.push(region, address, length));
         if mapped {
@@ -92,6 +116,7 @@ impl Body {
         self.direct.clear();
         self.bounced.clear();
         (self.at, self.offset, self.left) = (0, 0, 0);
+        self.sum = None;
     }
 
     /// Payload bytes still to move.
@@ -99,32 +124,80 @@ impl Body {
         self.left
     }
 
+    /// The payload's checksum, once all of it is in it.
+    pub(super) fn sum(&self) -> Option<u32> {
+        self.sum.filter(|sum| sum.ahead == self.left).map(|sum| sum.crc)
+    }
+
+    /// Whether the payload, which has all come, is what its sender had.
+    pub(super) fn judge(&self, trailer: &Trailer) -> Result<(), Violation> {
+        let sequence = trailer.sequence;
+        match (self.sums, self.sum()) {
+            _ if trailer.aborted.is_some() => Ok(()),
+            (true, Some(sum)) if sum != trailer.checksum => Err(Violation::Payload { sequence }),
+            (true, _) => Ok(()),
+            (false, _) if trailer.checksum == 0 => Ok(()),
+            (false, _) => Err(Violation::Limit { field: "trailer checksum", value: trailer.checksum.into() }),
+        }
+    }
+
+    /// Makes the next bytes ready for [`Body::send`]: those of process memory are in `bounce` then, and the sum
+    /// has all that the call will offer.
+    pub(super) fn prepare(&mut self, bounce: &mut [u8]) -> Result<(), Failure> {
+        if self.bounced.is_empty() {
+            if let Some(sum) = self.sum.as_mut().filter(|sum| sum.ahead == 0) {
+                *sum = Sum { crc: self.direct.sum(sum.crc, self.left, bounce), ahead: self.left };
+            }
+            return Ok(());
+        }
+        let step = self.step(bounce.len());
+        let bytes = &mut bounce[..step];
+        self.walk(bytes.len() as u64, |region, address, range| {
+            touch::copy_out(region, address, &mut bytes[range])
+        })?;
+        if let Some(sum) = &mut self.sum {
+            // What was offered before and not taken is in it already.
+            sum.crc = crc32c::crc32c_append(sum.crc, &bytes[sum.ahead as usize..]);
+            sum.ahead = bytes.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Sends `before`, what is left of the payload and, right behind its last byte, `after`: as much as the
     /// socket takes and the bounce buffer holds. Answers with the bytes taken and whether the socket took all
-    /// that it was offered.
+    /// that it was offered. [`Body::prepare`] was called with the same buffer.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
         before: &[u8],
         after: &[u8],
-        bounce: &mut [u8],
+        bounce: &[u8],
     ) -> Result<(usize, bool), Trouble> {
+        let (sent, moved, all);
         if self.bounced.is_empty() {
             let offered = before.len() + self.left as usize + after.len();
-            let sent = calls::send(socket, before, &mut self.direct, after)?;
-            let moved = sent.saturating_sub(before.len()) as u64;
+            sent = calls::send(socket, before, &mut self.direct, after)?;
+            moved = (sent.saturating_sub(before.len()) as u64).min(self.left);
+            all = sent == offered;
             self.direct.advance(moved);
             self.left = self.direct.left();
-            return Ok((sent, sent == offered));
+        } else {
+            let step = self.step(bounce.len());
+            let after = if step as u64 == self.left { after } else { &[] };
+            sent = send_slices(socket, [before, &bounce[..step], after])?;
+            moved = sent.saturating_sub(before.len()).min(step) as u64;
+            all = sent == before.len() + step + after.len();
+            self.advance(moved);
         }
-        let step = self.left.min(bounce.len() as u64);
-        let bytes = &mut bounce[..step as usize];
-        self.walk(step, |region, address, range| touch::copy_out(region, address, &mut bytes[range]))
-            .map_err(Trouble::Memory)?;
-        let after = if step == self.left { after } else { &[] };
-        let sent = send_slices(socket, [before, bytes, after])?;
-        self.advance((sent.saturating_sub(before.len()) as u64).min(step));
-        Ok((sent, sent == before.len() + step as usize + after.len()))
+        if let Some(sum) = &mut self.sum {
+            sum.ahead -= moved;
+        }
+        Ok((sent, all))
+    }
+
+    /// Bytes of process memory that move at once.
+    fn step(&self, room: usize) -> usize {
+        self.left.min(room as u64) as usize
     }
 
     /// Receives what is left of the payload and, right behind its last byte, into `after`.
@@ -137,12 +210,15 @@ impl Body {
         if self.bounced.is_empty() {
             let received = calls::receive(socket, &mut self.direct, after)?;
             if let Received::Bytes(bytes) = received {
+                if let Some(sum) = &mut self.sum {
+                    sum.crc = self.direct.sum(sum.crc, (bytes as u64).min(self.left), bounce);
+                }
                 self.direct.advance(bytes as u64);
                 self.left = self.direct.left();
             }
             return Ok(Receipt { received, cut: false, spoilt: None });
         }
-        let step = self.left.min(bounce.len() as u64) as usize;
+        let step = self.step(bounce.len());
         let [trailer, next] = after;
         let after = if step as u64 == self.left { [trailer, next] } else { [&mut [][..], &mut [][..]] };
         let received = receive_slices(socket, &mut bounce[..step], after)?;
@@ -151,6 +227,9 @@ impl Body {
             Received::Nothing | Received::End => 0,
         };
         let bytes = &bounce[..moved];
+        if let Some(sum) = &mut self.sum {
+            sum.crc = crc32c::crc32c_append(sum.crc, bytes);
+        }
         let kept =
             self.walk(moved as u64, |region, address, range| touch::copy_in(region, address, &bytes[range]));
         self.advance(moved as u64);

@@ -17,11 +17,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prometheus_client::metrics::counter::Counter;
 use rustix::event::{Timespec, epoll};
 
 use super::{
     inbox::{Command, Inbox, NewLane},
     role::{Ended, Interest, Ready, Role},
+    wire::Violation,
 };
 use crate::{
     domain::{Failure, Reason},
@@ -56,6 +58,8 @@ pub(super) struct Carrier {
     bounce: Box<[u8]>,
     reviewed: Instant,
     spin: Spin,
+    /// Parts whose payload arrived changed.
+    damaged: Counter,
 }
 
 /// Tells the process when the thread is gone, by whatever way.
@@ -75,7 +79,7 @@ impl Drop for Farewell {
 }
 
 impl Carrier {
-    pub(super) fn new(inbox: Arc<Inbox>, most_spin: Duration) -> io::Result<Self> {
+    pub(super) fn new(inbox: Arc<Inbox>, most_spin: Duration, damaged: Counter) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, inbox.bell(), epoll::EventData::new_u64(INBOX_KEY), flags)?;
@@ -87,6 +91,7 @@ impl Carrier {
             bounce: vec![0; BOUNCE_BYTES].into_boxed_slice(),
             reviewed: Instant::now(),
             spin: Spin::new(most_spin),
+            damaged,
         })
     }
 
@@ -250,7 +255,10 @@ impl Carrier {
         let cause = match cause.into() {
             Ended::Failed(failure) => failure,
             Ended::Broken(violation) => {
-                tracing::warn!(lane = %lane.ending.lane(), %violation, "the peer broke the protocol of a lane");
+                if let Violation::Payload { .. } = violation {
+                    self.damaged.inc();
+                }
+                tracing::warn!(lane = %lane.ending.lane(), %violation, "what came over a lane is not what its peer may send");
                 violation.into()
             }
         };

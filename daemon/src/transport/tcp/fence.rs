@@ -37,8 +37,14 @@ impl Fence {
         Ok((inside, Some(view)))
     }
 
-    /// Whether the rules have changed since the last visit.
-    pub(super) fn is_stale(&self) -> bool {
-        self.seen != Some(self.seat.version())
+    /// For a lane on which nothing moves: where the rules have changed, `look` lets go of what they speak against.
+    pub(super) fn review(&mut self, look: impl FnOnce(&View)) -> Result<(), Failure> {
+        if self.seen != Some(self.seat.version()) {
+            let (_inside, news) = self.enter()?;
+            if let Some(view) = news {
+                look(&view);
+            }
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use super::{
     admission::{hung_up, lost},
     body::{Body, Page, Place, Trouble},
     io::Received,
-    wire::{TRAILER_BYTES, Trailer},
+    wire::{TRAILER_BYTES, Trailer, Violation},
 };
 use crate::domain::{Failure, Reason};
 
@@ -24,7 +24,7 @@ pub(super) enum Sent {
 }
 
 /// A frame on its way out: header, table, payload, trailer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Outgoing {
     head: Vec<u8>,
     head_at: usize,
@@ -36,6 +36,12 @@ pub(super) struct Outgoing {
 }
 
 impl Outgoing {
+    /// None under way; `sums` where payload is to be summed.
+    pub(super) fn new(sums: bool) -> Self {
+        let trailer = [0; TRAILER_BYTES];
+        Self { head: vec![], head_at: 0, body: Body::new(sums), trailer, trailer_at: 0, sequence: 0 }
+    }
+
     /// Takes up a frame with payload. Only when [`Outgoing::is_idle`].
     pub(super) fn begin<'a>(
         &mut self,
@@ -51,7 +57,7 @@ impl Outgoing {
         self.head.clear();
         (self.head_at, self.trailer_at) = (0, 0);
         self.sequence = sequence;
-        self.trailer = Trailer { aborted: None, sequence }.encode();
+        self.trailer = Trailer { aborted: None, sequence, checksum: 0 }.encode();
         &mut self.head
     }
 
@@ -83,7 +89,8 @@ impl Outgoing {
     pub(super) fn abort(&mut self, reason: Reason) {
         if self.body.left() > 0 {
             self.body.put_aside(Page::Zeros);
-            self.trailer = Trailer { aborted: Some(reason), sequence: self.sequence }.encode();
+            let trailer = Trailer { aborted: Some(reason), sequence: self.sequence, checksum: 0 };
+            self.trailer = trailer.encode();
         } else {
             // Only the trailer waits for room: the memory is not needed for that.
             self.body.clear();
@@ -92,6 +99,10 @@ impl Outgoing {
 
     /// Sends what the socket takes, and tells how many payload bytes went.
     pub(super) fn send(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<(Sent, u64), Trouble> {
+        self.body.prepare(bounce).map_err(Trouble::Memory)?;
+        if let Some(checksum) = self.body.sum() {
+            self.trailer = Trailer { aborted: None, sequence: self.sequence, checksum }.encode();
+        }
         let left = self.body.left();
         let before = &self.head[self.head_at..];
         let head = before.len();
@@ -143,9 +154,10 @@ pub(super) struct Incoming<const HEAD: usize> {
 }
 
 impl<const HEAD: usize> Incoming<HEAD> {
-    pub(super) fn new() -> Self {
+    /// None under way; `sums` where payload is to be summed.
+    pub(super) fn new(sums: bool) -> Self {
         let trailer = [0; TRAILER_BYTES];
-        Self { head: [0; HEAD], head_have: 0, body: Body::default(), trailer, trailer_have: TRAILER_BYTES }
+        Self { head: [0; HEAD], head_have: 0, body: Body::new(sums), trailer, trailer_have: TRAILER_BYTES }
     }
 
     /// The next frame's beginning, once it is complete and the frame before it is over.
@@ -172,9 +184,15 @@ impl<const HEAD: usize> Incoming<HEAD> {
         self.body.put_aside(Page::Scrap);
     }
 
-    /// The trailer, once it is complete.
-    pub(super) fn trailer(&self) -> Option<&[u8; TRAILER_BYTES]> {
-        (self.body.left() == 0 && self.trailer_have == TRAILER_BYTES).then_some(&self.trailer)
+    /// The trailer of the part with this sequence, once it is complete. An error where the payload before it is
+    /// not what was sent.
+    pub(super) fn trailer(&self, sequence: u64) -> Result<Option<Trailer>, Violation> {
+        if self.body.left() > 0 || self.trailer_have < TRAILER_BYTES {
+            return Ok(None);
+        }
+        let trailer = Trailer::parse(&self.trailer, sequence)?;
+        self.body.judge(&trailer)?;
+        Ok(Some(trailer))
     }
 
     /// Lets go of the memory at a part's end.

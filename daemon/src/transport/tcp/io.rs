@@ -18,6 +18,9 @@ use crate::{memory::Region, transport::touch};
 
 const PAGE_BYTES: usize = 64 << 10;
 
+/// Bytes summed at once.
+const SUM_STEP_BYTES: usize = 16 << 10;
+
 /// Where padding is sent from: never written, so that one peer's bytes cannot leak to another.
 static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -122,6 +125,28 @@ impl Scatter {
     /// Bytes ahead of the cursor.
     pub(super) fn left(&self) -> u64 {
         self.left
+    }
+
+    /// Continues a CRC32C over the next `bytes` ahead of the cursor. Its engine may write to the memory whenever
+    /// it pleases, so it is copied, never looked at in place (see `touch`): through `room`, a step at a time, so
+    /// that each step stays in the nearest cache.
+    pub(super) fn sum(&self, mut crc: u32, mut bytes: u64, room: &mut [u8]) -> u32 {
+        let most = room.len().min(SUM_STEP_BYTES);
+        for span in &self.spans[self.at..] {
+            let length = bytes.min(span.iov_len as u64) as usize;
+            bytes -= length as u64;
+            let mut done = 0;
+            while done < length {
+                let step = &mut room[..most.min(length - done)];
+                let from = span.iov_base.cast::<u8>().cast_const().wrapping_add(done);
+                // SAFETY: `from` lies in a span of ours (see `Scatter`: leased regions and static pages), with
+                // at least `step` bytes of it ahead; `step` is exclusively ours and no engine's memory.
+                unsafe { std::ptr::copy_nonoverlapping(from, step.as_mut_ptr(), step.len()) };
+                crc = crc32c::crc32c_append(crc, step);
+                done += step.len();
+            }
+        }
+        crc
     }
 
     /// Moves the cursor.

@@ -47,8 +47,10 @@ use std::{
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+use prometheus_client::metrics::counter::Counter;
 
 pub use by_hand::HandCarrier;
 pub use stops::Stops;
@@ -70,24 +72,38 @@ use crate::{
     memory::EngineMemory,
 };
 
-/// Bytes heard from a peer, over all lanes of a session: life (I9).
-#[derive(Debug, Default)]
-pub struct Pulse(AtomicU64);
+/// What was heard from a peer, over all lanes of a session: life (I9).
+#[derive(Debug)]
+pub struct Pulse {
+    bytes: AtomicU64,
+    begun: Instant,
+    /// When the last of them came, in nanoseconds after the begin; 0: none came.
+    last: AtomicU64,
+}
 
 impl Pulse {
     /// Nothing heard yet.
     pub fn new() -> Arc<Self> {
-        Arc::default()
+        Arc::new(Self { bytes: AtomicU64::new(0), begun: Instant::now(), last: AtomicU64::new(0) })
     }
 
     /// Bytes so far. As long as it rises the peer lives.
     pub fn total(&self) -> u64 {
-        self.0.load(Relaxed)
+        self.bytes.load(Relaxed)
+    }
+
+    /// When the last of them came.
+    pub fn last(&self) -> Option<Instant> {
+        let last = self.last.load(Relaxed);
+        (last > 0).then(|| self.begun + Duration::from_nanos(last))
     }
 
     fn heard(&self, bytes: u64) {
         if bytes > 0 {
-            self.0.fetch_add(bytes, Relaxed);
+            self.bytes.fetch_add(bytes, Relaxed);
+            let now = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            // Threads may come a moment apart, and in the other order: the latest counts.
+            self.last.fetch_max(now.max(1), Relaxed);
         }
     }
 }
@@ -105,6 +121,8 @@ pub struct InitiatorSetup {
     pub sink: Arc<dyn LaneSink>,
     /// The session's.
     pub pulse: Arc<Pulse>,
+    /// Payload is summed: agreed on when the session was opened.
+    pub checksums: bool,
 }
 
 /// A target's end to be.
@@ -122,6 +140,8 @@ pub struct TargetSetup {
     pub sink: Arc<dyn TargetSink>,
     /// The session's.
     pub pulse: Arc<Pulse>,
+    /// Payload is summed: agreed on when the session was opened.
+    pub checksums: bool,
 }
 
 /// The threads that carry TCP lanes.
@@ -143,8 +163,13 @@ impl Carriers {
     /// Starts so many threads, named `lane-0` and up; at least one. While work is dense they look for more of
     /// it for up to `spin` before they sleep.
     pub fn start(threads: usize, spin: Duration) -> std::io::Result<Self> {
-        let threads =
-            (0..threads.max(1)).map(|number| Thread::start(number, spin)).collect::<std::io::Result<_>>()?;
+        Self::counting(threads, spin, &Counter::default())
+    }
+
+    /// The same, and parts whose payload arrived changed are counted.
+    pub fn counting(threads: usize, spin: Duration, damaged: &Counter) -> std::io::Result<Self> {
+        let thread = |number| Thread::start(number, spin, damaged.clone());
+        let threads = (0..threads.max(1)).map(thread).collect::<std::io::Result<_>>()?;
         Ok(Self { threads, next_key: AtomicU64::new(1) })
     }
 
@@ -154,7 +179,8 @@ impl Carriers {
         let inbox = Arc::new(Inbox::new()?);
         let alive = Arc::new(AtomicBool::new(true));
         let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
-        let hand = HandCarrier::new(Carrier::new(inbox.clone(), Duration::ZERO)?, farewell);
+        let hand =
+            HandCarrier::new(Carrier::new(inbox.clone(), Duration::ZERO, Counter::default())?, farewell);
         let thread = Thread { inbox, lanes: Arc::default(), alive, handle: None };
         Ok((Self { threads: vec![thread], next_key: AtomicU64::new(1) }, hand))
     }
@@ -219,10 +245,10 @@ impl Drop for Carriers {
 }
 
 impl Thread {
-    fn start(number: usize, spin: Duration) -> std::io::Result<Self> {
+    fn start(number: usize, spin: Duration, damaged: Counter) -> std::io::Result<Self> {
         let inbox = Arc::new(Inbox::new()?);
         let alive = Arc::new(AtomicBool::new(true));
-        let carrier = Carrier::new(inbox.clone(), spin)?;
+        let carrier = Carrier::new(inbox.clone(), spin, damaged)?;
         let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
         let serve = move || {
             let _farewell = farewell;

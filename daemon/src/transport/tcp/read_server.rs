@@ -50,7 +50,7 @@ impl ReadServer {
             meter,
             admission: Admission::new(setup.memory, stops),
             requests: SmallIn::new(REQUEST_BYTES),
-            out: Outgoing::default(),
+            out: Outgoing::new(setup.checksums),
             current: None,
             refusals: Refusals::default(),
             processed: 0,
@@ -90,13 +90,7 @@ impl Role for ReadServer {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if let Some(view) = news {
-                self.work.review(&view);
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|view| self.work.review(view))?)
     }
 
     fn holds_leases(&self) -> bool {

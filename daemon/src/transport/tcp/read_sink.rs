@@ -9,7 +9,7 @@ use super::{
     frames::{Arrival, Incoming, SmallOut},
     initiator::{Encoder, Queue, Queued, Standing, Teller},
     role::{Budget, Ended, Interest, Meter, Ready, Role},
-    wire::{FrameKind, PartHeader, REPLY_BYTES, Reply, Trailer, Violation},
+    wire::{FrameKind, PartHeader, REPLY_BYTES, Reply, Violation},
 };
 use crate::{
     domain::{Failure, TransferId},
@@ -60,7 +60,7 @@ impl ReadSink {
             encoder: Encoder::default(),
             requests: SmallOut::default(),
             awaited: VecDeque::new(),
-            incoming: Incoming::new(),
+            incoming: Incoming::new(setup.checksums),
             under_way: false,
             processed: 0,
         };
@@ -103,13 +103,7 @@ impl Role for ReadSink {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if news.is_some() {
-                self.work.review();
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|_| self.work.review())?)
     }
 
     fn holds_leases(&self) -> bool {
@@ -170,11 +164,10 @@ impl Work {
             self.incoming.put_aside();
         }
         if self.under_way
-            && let Some(&trailer) = self.incoming.trailer()
+            && let Some(trailer) = self.incoming.trailer(self.processed + 1)?
         {
             self.incoming.end();
             self.under_way = false;
-            let trailer = Trailer::parse(&trailer, self.processed + 1)?;
             if let Some(reason) = trailer.aborted {
                 self.refuse_first(Failure::plain(reason));
             }

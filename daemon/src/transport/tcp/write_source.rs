@@ -50,7 +50,7 @@ impl WriteSource {
             meter,
             queue: Queue::default(),
             encoder: Encoder::default(),
-            out: Outgoing::default(),
+            out: Outgoing::new(setup.checksums),
             current: None,
             blocked: false,
             finished: 0,
@@ -93,13 +93,7 @@ impl Role for WriteSource {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if news.is_some() {
-                self.work.review();
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|_| self.work.review())?)
     }
 
     fn holds_leases(&self) -> bool {
@@ -203,7 +197,7 @@ impl Work {
         Ok(())
     }
 
-    fn acknowledged(&mut self, ack: Ack) -> Result<(), Violation> {
+    fn acknowledged(&mut self, ack: Ack) -> Result<(), Ended> {
         let (Ack::Processed { through: sequence } | Ack::Refused { sequence, .. }) = ack;
         // Refusals come in order and before the acknowledgement that covers them, each once.
         let heard = match ack {
@@ -211,10 +205,15 @@ impl Work {
             Ack::Refused { .. } => self.acked.max(self.refused),
         };
         if sequence <= heard || sequence > self.finished {
-            return Err(Violation::Sequence { expected: heard + 1, got: sequence });
+            return Err(Violation::Sequence { expected: heard + 1, got: sequence }.into());
         }
         match ack {
             Ack::Processed { through } => self.acked = through,
+            // The target's last word: what arrived is not what was sent. No refusal of the part, which will be
+            // sent again, but the lane's end.
+            Ack::Refused { refusal, .. } if refusal.reason == Reason::Checksum => {
+                return Err(Failure::new(Reason::Checksum, "the target received something else").into());
+            }
             Ack::Refused { refusal, .. } => {
                 self.refused = sequence;
                 self.teller.refused(sequence, refusal.into());

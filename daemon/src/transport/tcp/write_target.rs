@@ -17,6 +17,7 @@ use super::{
     },
 };
 use crate::{
+    domain::Reason,
     memory::View,
     transport::{LaneRecord, PART_RUNS},
 };
@@ -66,7 +67,7 @@ impl WriteTarget {
         let admission = Admission::new(setup.memory, stops);
         let work = Work {
             meter,
-            incoming: Incoming::new(),
+            incoming: Incoming::new(setup.checksums),
             stage: Stage::Head,
             table: vec![0; TABLE_BYTES].into_boxed_slice(),
             refusal: None,
@@ -95,7 +96,8 @@ impl Role for WriteTarget {
                     }
                     let arrival = work.incoming.receive(socket, bounce)?;
                     drop(inside);
-                    (arrival.moved, work.arrived(arrival)?)
+                    let moved = arrival.moved;
+                    (moved, work.arrived(arrival).map_err(|ended| work.part_with(socket, ended))?)
                 }
             };
             budget.spend(moved);
@@ -113,13 +115,7 @@ impl Role for WriteTarget {
     }
 
     fn review(&mut self) -> Result<(), Ended> {
-        if self.fence.is_stale() {
-            let (_inside, news) = self.fence.enter()?;
-            if let Some(view) = news {
-                self.work.review(&view);
-            }
-        }
-        Ok(())
+        Ok(self.fence.review(|view| self.work.review(view))?)
     }
 
     fn holds_leases(&self) -> bool {
@@ -178,8 +174,7 @@ impl Work {
             if let Some(failure) = arrival.spoilt {
                 self.refuse((&failure).into());
             }
-            if let Some(trailer) = self.incoming.trailer() {
-                let trailer = Trailer::parse(trailer, header.sequence)?;
+            if let Some(trailer) = self.incoming.trailer(header.sequence)? {
                 self.finish(header, trailer);
             }
         }
@@ -189,6 +184,17 @@ impl Work {
             self.begin(&head)?;
         }
         Ok(arrival.drained)
+    }
+
+    /// Payload that is wrong ends the lane, and is not acknowledged. The initiator is told why while the
+    /// connection still carries it; otherwise it learns what every cut means, and does the same.
+    fn part_with(&mut self, socket: BorrowedFd<'_>, ended: Ended) -> Ended {
+        if let Ended::Broken(Violation::Payload { sequence }) = ended {
+            let refusal = Refusal::whole(Reason::Checksum);
+            self.acks.buffer().extend_from_slice(&Ack::Refused { sequence, refusal }.encode());
+            let _ = self.acks.flush(socket);
+        }
+        ended
     }
 
     fn begin(&mut self, head: &[u8; HEADER_AND_TABLE_START]) -> Result<(), Violation> {

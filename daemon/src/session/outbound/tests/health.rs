@@ -7,6 +7,7 @@ use crate::{
     domain::{Failure, LaneId, Op, Outcome, Reason},
     policy::RetryPolicy,
     session::outbound::{Event, Policy, State},
+    transfer::run::Admitted,
     transport::LaneKind,
 };
 
@@ -25,6 +26,17 @@ fn failed() -> Rig {
     assert_eq!(rig.failures(), [(1, Reason::ConnectRefused), (2, Reason::ConnectRefused)]);
     assert_eq!(rig.state(), State::Failed);
     rig
+}
+
+/// A transfer's own threshold comes before the session's.
+#[test]
+fn one_transfer_that_fails_fast_fails_the_session() {
+    let mut rig = Rig::new();
+    let once = RetryPolicy { attempts: 1, ..policy().retry };
+    let hasty = Admitted { failure_threshold: Some(1), ..admitted(id(1), Op::Write, 1, once, rig.now) };
+    rig.feed(Event::Submit(Box::new(hasty)));
+    rig.refuse(Reason::ConnectRefused);
+    assert_eq!((failures_in_a_row(&rig), rig.state()), (1, State::Failed));
 }
 
 #[test]

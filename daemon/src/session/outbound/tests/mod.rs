@@ -13,5 +13,5 @@ mod planning;
 mod revoking;
 mod rig;
 mod table;
-mod words;
+pub(super) mod words;
 mod world;

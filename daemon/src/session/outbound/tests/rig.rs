@@ -153,7 +153,9 @@ impl Rig {
 
     /// One event, and the plans it asks for.
     pub(super) fn feed(&mut self, event: Event) {
-        for action in self.core.handle(self.now, 0.5, event) {
+        let actions = self.core.handle(self.now, 0.5, event);
+        self.core.runs.check();
+        for action in actions {
             match action {
                 Action::Connect(expected) => self.connects.push(expected),
                 Action::Disconnect(_) => {

@@ -34,11 +34,11 @@ pub(super) const BOB: Incarnation = Incarnation([0xb; 32]);
 pub(super) const BOOT: BootId = BootId([1; 16]);
 pub(super) const NEXT_BOOT: BootId = BootId([2; 16]);
 
-pub(super) const fn ms(count: u64) -> Duration {
+pub(in super::super) const fn ms(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
-pub(super) fn id(number: u8) -> TransferId {
+pub(in super::super) fn id(number: u8) -> TransferId {
     TransferId([number; 16])
 }
 
@@ -54,7 +54,7 @@ pub(super) fn record(processed: u64) -> LaneRecord {
     LaneRecord { processed, refused: vec![] }
 }
 
-pub(super) fn policy() -> Policy {
+pub(in super::super) fn policy() -> Policy {
     Policy {
         health: HealthPolicy { failure_threshold: 2, probe_max: ms(1000) },
         retry: RetryPolicy {
@@ -111,7 +111,7 @@ pub(super) fn revoked_elsewhere(epoch: u64) -> Event {
     Event::Revoked(Box::new(revocations(epoch, &[])))
 }
 
-pub(super) fn admitted(
+pub(in super::super) fn admitted(
     id: TransferId,
     op: Op,
     parts: u64,
@@ -134,6 +134,7 @@ pub(super) fn admitted(
         policy,
         received,
         known: None,
+        failure_threshold: None,
         own_epoch: Epoch(0),
     }
 }

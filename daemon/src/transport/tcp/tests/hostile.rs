@@ -32,6 +32,7 @@ fn initiator_hears(kind: LaneKind, bytes: &[u8]) -> Failure {
     let cause = initiator.events.wait_closed();
     assert_eq!(initiator.events.processed(), 0);
     assert!(initiator.pulse.total() > 0, "nonsense too is a sign of life");
+    assert!(initiator.pulse.last().is_some_and(|last| last <= std::time::Instant::now()));
     assert!(carriers.is_healthy());
     cause
 }

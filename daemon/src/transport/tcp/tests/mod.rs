@@ -6,6 +6,7 @@ mod refusals;
 mod revoking;
 mod speed;
 mod stopping;
+mod sums;
 
 use std::{
     io::{Read, Write},
@@ -50,6 +51,7 @@ struct Link {
     initiator: Engine,
     target: Engine,
     events: Arc<Events>,
+    stops: Arc<Stops>,
     end: Arc<TargetEnd>,
     lane: Lane,
     served: TargetLane,
@@ -58,14 +60,23 @@ struct Link {
 
 impl Link {
     fn new(kind: LaneKind) -> Self {
+        Self::over(connection(), kind, false)
+    }
+
+    /// Whose daemons have agreed on checksums.
+    fn summed(kind: LaneKind) -> Self {
+        Self::over(connection(), kind, true)
+    }
+
+    fn over((here, there): (TcpStream, TcpStream), kind: LaneKind, sums: bool) -> Self {
         let carriers = Carriers::start(2, SPIN).expect("threads");
-        let (here, there) = connection();
-        let initiator = Initiator::start(&carriers, kind, here);
-        let target = Target::start(&carriers, kind, there);
+        let initiator = Initiator::summing(Engine::new(), &carriers, kind, here, sums);
+        let target = Target::summing(Engine::new(), &carriers, kind, there, sums);
         Self {
             initiator: initiator.engine,
             target: target.engine,
             events: initiator.events,
+            stops: target.stops,
             end: target.end,
             lane: initiator.lane,
             served: target.lane,
@@ -88,9 +99,19 @@ impl Initiator {
     }
 
     fn of(engine: Engine, carriers: &Carriers, kind: LaneKind, stream: TcpStream) -> Self {
+        Self::summing(engine, carriers, kind, stream, false)
+    }
+
+    fn summing(
+        engine: Engine,
+        carriers: &Carriers,
+        kind: LaneKind,
+        stream: TcpStream,
+        checksums: bool,
+    ) -> Self {
         let (events, pulse) = (Events::new(), Pulse::new());
-        let memory = engine.memory.clone();
-        let setup = InitiatorSetup { lane: LANE, kind, memory, sink: events.clone(), pulse: pulse.clone() };
+        let (memory, sink) = (engine.memory.clone(), events.clone());
+        let setup = InitiatorSetup { lane: LANE, kind, memory, sink, pulse: pulse.clone(), checksums };
         let lane = carriers.initiate(stream, setup);
         Self { engine, events, lane, pulse }
     }
@@ -110,9 +131,20 @@ impl Target {
     }
 
     fn of(engine: Engine, carriers: &Carriers, kind: LaneKind, stream: TcpStream) -> Self {
+        Self::summing(engine, carriers, kind, stream, false)
+    }
+
+    fn summing(
+        engine: Engine,
+        carriers: &Carriers,
+        kind: LaneKind,
+        stream: TcpStream,
+        checksums: bool,
+    ) -> Self {
         let (stops, end) = (Stops::new(), Arc::<TargetEnd>::default());
         let (memory, pulse) = (engine.memory.clone(), Pulse::new());
-        let setup = TargetSetup { lane: LANE, kind, memory, stops: stops.clone(), sink: end.clone(), pulse };
+        let (marks, sink) = (stops.clone(), end.clone());
+        let setup = TargetSetup { lane: LANE, kind, memory, stops: marks, sink, pulse, checksums };
         let lane = carriers.serve(stream, setup);
         Self { engine, stops, end, lane }
     }
@@ -144,7 +176,7 @@ fn frame_with(
 const TRANSFER: crate::domain::TransferId = crate::domain::TransferId([3; 16]);
 
 fn trailer(sequence: u64) -> [u8; TRAILER_BYTES] {
-    Trailer { aborted: None, sequence }.encode()
+    Trailer { aborted: None, sequence, checksum: 0 }.encode()
 }
 
 fn read_array<const N: usize>(stream: &mut TcpStream) -> [u8; N] {

@@ -55,8 +55,9 @@ fn check(
 /// I3: every byte, whatever the shape, the direction and the memory.
 #[test]
 fn every_shape_arrives_in_every_kind_of_memory() {
-    for kind in [LaneKind::Write, LaneKind::Read] {
-        let link = Link::new(kind);
+    let links = [Link::new, Link::summed]
+        .map(|link| [LaneKind::Write, LaneKind::Read].map(|kind| (kind, link(kind))));
+    for (kind, link) in links.into_iter().flatten() {
         let mut next = 1;
         let mut bytes = 0;
         for (what, slices) in shapes() {
@@ -172,7 +173,8 @@ fn a_thread_that_panics_is_told_of() {
     let target = Target::start(&carriers, LaneKind::Write, there);
     let (here, _there) = connection();
     let (memory, sink, pulse) = (Engine::new().memory, Arc::<Faulty>::default(), Pulse::new());
-    let setup = InitiatorSetup { lane: LaneId(2), kind: LaneKind::Write, memory, sink, pulse };
+    let (lane, kind) = (LaneId(2), LaneKind::Write);
+    let setup = InitiatorSetup { lane, kind, memory, sink, pulse, checksums: false };
     carriers.initiate(here, setup).close(Failure::plain(Reason::Cancelled));
     innocent.events.wait_closed();
     target.end.wait();

@@ -60,8 +60,10 @@ fn throughput_beside_a_raw_socket() {
         ("256 B slices", 256),
     ];
     let mut raw = Raw::new();
-    for kind in [LaneKind::Write, LaneKind::Read] {
-        let link = Link::new(kind);
+    let ways = [LaneKind::Write, LaneKind::Read].map(|kind| [(kind, false), (kind, true)]);
+    for (kind, sums) in ways.into_iter().flatten() {
+        let link = Link::over(connection(), kind, sums);
+        let with = if sums { " with checksums" } else { "" };
         let (local, remote) = (link.initiator.shared(2 * TOTAL), link.target.shared(2 * TOTAL));
         let mut next = 1;
         for (what, length) in shapes {
@@ -81,7 +83,7 @@ fn throughput_beside_a_raw_socket() {
                 ratios.push(limit / start.elapsed().as_secs_f64() * (payload.bytes as f64 / TOTAL as f64));
             }
             ratios.sort_by(f64::total_cmp);
-            println!("{kind:?} {what}: {:.2} of a raw socket (median of 5)", ratios[2]);
+            println!("{kind:?} {what}{with}: {:.2} of a raw socket (median of 5)", ratios[2]);
         }
     }
 }

@@ -11,9 +11,9 @@
 //! ```
 //!
 //! Part sequences are contiguous from 1 on each lane, so a frame that was lost, repeated or injected shows.
-//! Every header carries a CRC of itself; payload is not checked here (TCP does, and a part says where it
-//! ends). Whatever does not parse is a [`Violation`], which ends the lane: nothing is ever skipped to
-//! resynchronise.
+//! Every header carries a CRC of itself. A part's trailer carries one of its payload where the two daemons have
+//! agreed on that; otherwise TCP's is all there is. Whatever does not parse is a [`Violation`], which ends the
+//! lane: nothing is ever skipped to resynchronise.
 
 mod ack;
 mod part;
@@ -52,6 +52,12 @@ pub enum Violation {
     /// the header's CRC does not fit
     #[error("{0} with a wrong CRC")]
     Crc(&'static str),
+    /// the payload of a part is not what its sender had
+    #[error("the payload of part {sequence} does not fit its checksum")]
+    Payload {
+        /// The part's.
+        sequence: u64,
+    },
     /// a field outside its limits
     #[error("{field} is {value}")]
     Limit {
@@ -73,7 +79,7 @@ pub enum Violation {
 impl From<Violation> for Failure {
     fn from(violation: Violation) -> Self {
         let reason = match violation {
-            Violation::Crc(_) => Reason::Checksum,
+            Violation::Crc(_) | Violation::Payload { .. } => Reason::Checksum,
             Violation::Magic("preface") | Violation::Version(_) => Reason::HandshakeFailed,
             _ => Reason::ConnectionLost,
         };
@@ -83,13 +89,16 @@ impl From<Violation> for Failure {
 
 /// What follows a part's payload.
 ///
-/// `u32 magic "KVFT" | u32 status | u32 checksum (0: none) | u32 low half of the sequence`
+/// `u32 magic "KVFT" | u32 status | u32 CRC32C of the payload (0 where none was agreed on) | u32 low half of the
+/// sequence`
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Trailer {
     /// Why the bytes before it are worthless padding; nothing where they are the part's.
     pub aborted: Option<Reason>,
     /// The part's.
     pub sequence: u64,
+    /// Of the payload that the sender had; 0 where it says none, as always for padding.
+    pub checksum: u32,
 }
 
 impl Trailer {
@@ -103,21 +112,25 @@ impl Trailer {
         let mut bytes = [0; TRAILER_BYTES];
         bytes[..4].copy_from_slice(&TRAILER_MAGIC.to_le_bytes());
         bytes[4..8].copy_from_slice(&u32::from(status).to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.checksum.to_le_bytes());
         bytes[12..].copy_from_slice(&(self.sequence as u32).to_le_bytes());
         bytes
     }
 
-    /// Reads the trailer of the part with this sequence.
+    /// Reads the trailer of the part with this sequence. Whether the payload fits is for its receiver to say.
     pub(crate) fn parse(bytes: &[u8; TRAILER_BYTES], sequence: u64) -> Result<Self, Violation> {
         if u32_at(bytes, 0) != TRAILER_MAGIC {
             return Err(Violation::Magic("trailer"));
         }
-        zero("trailer checksum", u32_at(bytes, 8).into())?;
         let low = u32_at(bytes, 12);
         if low != sequence as u32 {
             return Err(Violation::Sequence { expected: sequence, got: low.into() });
         }
-        Ok(Self { aborted: reason_of(u32_at(bytes, 4)), sequence })
+        let (aborted, checksum) = (reason_of(u32_at(bytes, 4)), u32_at(bytes, 8));
+        if aborted.is_some() {
+            zero("checksum of padding", checksum.into())?;
+        }
+        Ok(Self { aborted, sequence, checksum })
     }
 }
 
@@ -169,7 +182,7 @@ mod tests {
     #[test]
     fn a_trailer_belongs_to_its_part() {
         let sequence = (7 << 32) + 3;
-        let good = Trailer { aborted: None, sequence };
+        let good = Trailer { aborted: None, sequence, checksum: 0x0102_0304 };
         assert_eq!(Trailer::parse(&good.encode(), sequence), Ok(good));
         assert_eq!(
             Trailer::parse(&good.encode(), sequence + 1),
@@ -183,7 +196,7 @@ mod tests {
     #[test]
     fn an_aborted_part_never_looks_whole() {
         for &reason in Reason::ALL {
-            let trailer = Trailer { aborted: Some(reason), sequence: 1 };
+            let trailer = Trailer { aborted: Some(reason), sequence: 1, checksum: 0 };
             let parsed = Trailer::parse(&trailer.encode(), 1).expect("a trailer");
             assert_eq!(parsed.aborted, Some(reason));
         }
@@ -191,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_reason_of_a_later_version_is_a_reason() {
-        let mut bytes = Trailer { aborted: None, sequence: 1 }.encode();
+        let mut bytes = Trailer { aborted: None, sequence: 1, checksum: 0 }.encode();
         bytes[4..8].copy_from_slice(&70_000u32.to_le_bytes());
         assert_eq!(Trailer::parse(&bytes, 1).map(|t| t.aborted), Ok(Some(Reason::Unspecified)));
     }
