@@ -5,6 +5,7 @@ cd "$(dirname "$0")/../.."
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 rm -rf "$target/wheel"
 client/python/wheel.sh dev "$target/wheel"
+cargo clippy --quiet --locked -p kvferry-python -- -D warnings
 cargo build --quiet --locked -p kvferryd --bins
 venv=$target/python
 "$venv/bin/pip" install --quiet --disable-pip-version-check --force-reinstall --no-deps "$target"/wheel/kvferry-*.whl
