@@ -9,9 +9,11 @@ ARGS       ?=
 # Lives of the simulation; SEED=n lives one of them aloud.
 SEEDS      ?= 2000
 KVFERRY    := $(TARGET_DIR)/release/kvferry
+# The Python package is built by maturin, with its own features of the same dependencies: make test-python.
+RUST       := --locked --workspace --exclude kvferry-python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint late-writes late-writes-peers soak sim mutants bench release install clean
+.PHONY: help demo test test-full wheel test-python lint late-writes late-writes-peers soak sim mutants bench release install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,11 +29,11 @@ test: ## formatting, lints, every test, the docs (under 10 minutes from a fresh 
 	@$(MAKE) --no-print-directory lint
 	@# The tests of whole daemons run the binaries as processes of their own. All targets in one go, so that
 	@# dependencies are built once, with one set of features.
-	cargo build --locked --workspace --all-targets
+	cargo build $(RUST) --all-targets
 	@# Most of these wait for somebody to be silent or to come back, so more of them than there are cores run at once.
-	cargo test --locked --workspace -- --test-threads=4
+	cargo test $(RUST) -- --test-threads=4
 	@# With examples among the targets, of which there are none, dependencies keep the features they were linted with.
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --lib --bin kvferry --examples
+	RUSTDOCFLAGS="-D warnings" cargo doc $(RUST) --no-deps --lib --bin kvferry --examples
 
 test-full: ## the long cases, against the release build of the daemon
 	@tests/prepare.sh test-full
@@ -40,9 +42,17 @@ test-full: ## the long cases, against the release build of the daemon
 	  cargo test --locked -p kvferry-tests -- --nocapture --test-threads=1
 	cargo test --locked -p kvferry-proto --features generate
 
+wheel: ## the Python package, into dist/
+	@tests/prepare.sh python
+	client/python/wheel.sh
+
+test-python: ## builds the wheel, installs it, and moves bytes between two processes behind two daemons
+	@tests/prepare.sh python
+	client/python/test.sh
+
 lint: ## formatting and lints, warnings denied
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy $(RUST) --all-targets -- -D warnings
 
 RUNS ?= 100
 late-writes: ## is memory touched after a terminal answer? every probe RUNS=100 times; 1 on any late byte

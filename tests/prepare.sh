@@ -2,17 +2,18 @@
 # Says what a make target needs and installs what is missing, with apt: as root, or with `sudo -n`.
 # Where it may not, it stops with the exact line to run. KVFERRY_NO_INSTALL=1 only looks.
 #
-#   tests/prepare.sh demo | test | test-full | late-writes-peers
+#   tests/prepare.sh demo | test | test-full | python | late-writes-peers
 set -eu
 cd "$(dirname "$0")/.."
 
-target=${1:?usage: tests/prepare.sh demo|test|test-full|late-writes-peers}
+target=${1:?usage: tests/prepare.sh demo|test|test-full|python|late-writes-peers}
 
 # command:package, of what is run. Debian's and Ubuntu's names.
 needs="git:git make:make cc:build-essential"
 case $target in
   demo | test) ;;
   test-full) needs="$needs strace:strace" ;;
+  python) needs="$needs python3:python3 readelf:binutils" ;;
   late-writes-peers) needs="$needs python3:python3" ;;
   *)
     echo "prepare: no such target: $target" >&2
@@ -29,7 +30,7 @@ for need in $needs; do
   command -v "${need%%:*}" > /dev/null 2>&1 || missing="$missing ${need##*:}"
 done
 # Debian ships Python without the part that makes virtual environments.
-if [ "$target" = late-writes-peers ]; then
+if [ "$target" = late-writes-peers ] || [ "$target" = python ]; then
   names="$names python3-venv"
   python3 -c 'import venv, ensurepip' 2> /dev/null || missing="$missing python3-venv"
 fi

@@ -1,0 +1,37 @@
+"""Daemons on loopback, for the tests of this folder."""
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+
+class Daemon:
+    """A kvferryd in a directory of its own. The binary is named by KVFERRYD_BIN."""
+
+    def __init__(self, ports: str) -> None:
+        self.place = tempfile.TemporaryDirectory(prefix="kvferry-python-")
+        self.socket = Path(self.place.name, "engine.sock")
+        self.ports = ports
+        self.process = None
+        self.start()
+
+    def start(self) -> None:
+        place = self.place.name
+        command = [os.environ["KVFERRYD_BIN"], "--socket", self.socket, "--state-dir", place, "--admin", ""]
+        command += ["--advertise-host", "127.0.0.1", "--bind-host", "127.0.0.1", "--endpoint-ports", self.ports]
+        with open(Path(place, "log"), "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        until = time.monotonic() + 20
+        while not self.socket.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self.place.cleanup()
