@@ -14,6 +14,7 @@
 use std::{
     fs,
     io::Write,
+    os::unix::net::UnixStream,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -92,9 +93,25 @@ fn h1_a_daemon_without_descriptors_refuses_newcomers_and_keeps_who_is_there() {
     assert!(guests.len() > 2, "it was nearly empty");
     pair.works("with no room for a newcomer");
 
+    // Connections that say nothing take more, and an early guest leaves a hole below them.
+    let used = || pair.needy.process().descriptors().unwrap();
+    let before = used();
+    let crowd: Vec<_> = (0..20).map_while(|_| UnixStream::connect(pair.needy.socket()).ok()).collect();
+    // But one: the connection of the newcomer that was refused may have been counted.
+    eventually("the crowd is let in", LIMIT, || used() + 1 >= before + crowd.len());
+    let crowded = used();
+    drop(guests.remove(0));
+    // Room for the newcomer's connection, and below for one more.
+    eventually("a guest has left", LIMIT, || used() + 1 < crowded);
+    match pair.needy.attach("into the hole") {
+        Err(Error::Refused(failure)) => assert_reason(&failure, &[Reason::Limit]),
+        other => panic!("{} of 128 descriptors are in use: {other:?}", used()),
+    }
+    pair.works("with a hole below");
+    drop(crowd);
+
     // Who does not even ask takes what is left: connections that say nothing.
-    let sockets = || std::os::unix::net::UnixStream::connect(pair.needy.socket());
-    let strangers: Vec<_> = (0..128).map_while(|_| sockets().ok()).collect();
+    let strangers: Vec<_> = (0..128).map_while(|_| UnixStream::connect(pair.needy.socket()).ok()).collect();
     eventually("no descriptor is free", LIMIT, || pair.needy.process().descriptors().unwrap() >= 127);
     pair.works("with no descriptor at all");
     does_not_spin(pair.needy.process());
