@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     }
     match control_runtime(config.control.threads) {
         Ok(runtime) => runtime.block_on(run(config)),
-        Err(error) => fail(INTERNAL, &error),
+        Err(error) => fail(INTERNAL, &format_args!("the control runtime: {error}")),
     }
 }
 
@@ -45,6 +45,8 @@ fn control_runtime(threads: usize) -> std::io::Result<tokio::runtime::Runtime> {
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     builder.worker_threads(threads).thread_name("control").enable_all();
+    // Where there is no thread at all, tokio panics: whoever cannot have this one is told.
+    std::thread::Builder::new().spawn(|| ())?.join().ok();
     let runtime = builder.max_blocking_threads(HELPERS).thread_keep_alive(FOR_GOOD).build()?;
     runtime.spawn_blocking(|| ());
     Ok(runtime)

@@ -14,6 +14,7 @@
 use std::{
     fs,
     io::Write,
+    os::unix::net::UnixStream,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -92,9 +93,25 @@ fn h1_a_daemon_without_descriptors_refuses_newcomers_and_keeps_who_is_there() {
     assert!(guests.len() > 2, "it was nearly empty");
     pair.works("with no room for a newcomer");
 
+    // Connections that say nothing take more, and an early guest leaves a hole below them.
+    let used = || pair.needy.process().descriptors().unwrap();
+    let before = used();
+    let crowd: Vec<_> = (0..20).map_while(|_| UnixStream::connect(pair.needy.socket()).ok()).collect();
+    // But one: the connection of the newcomer that was refused may have been counted.
+    eventually("the crowd is let in", LIMIT, || used() + 1 >= before + crowd.len());
+    let crowded = used();
+    drop(guests.remove(0));
+    // Room for the newcomer's connection, and below for one more.
+    eventually("a guest has left", LIMIT, || used() + 1 < crowded);
+    match pair.needy.attach("into the hole") {
+        Err(Error::Refused(failure)) => assert_reason(&failure, &[Reason::Limit]),
+        other => panic!("{} of 128 descriptors are in use: {other:?}", used()),
+    }
+    pair.works("with a hole below");
+    drop(crowd);
+
     // Who does not even ask takes what is left: connections that say nothing.
-    let sockets = || std::os::unix::net::UnixStream::connect(pair.needy.socket());
-    let strangers: Vec<_> = (0..128).map_while(|_| sockets().ok()).collect();
+    let strangers: Vec<_> = (0..128).map_while(|_| UnixStream::connect(pair.needy.socket()).ok()).collect();
     eventually("no descriptor is free", LIMIT, || pair.needy.process().descriptors().unwrap() >= 127);
     pair.works("with no descriptor at all");
     does_not_spin(pair.needy.process());
@@ -108,16 +125,21 @@ fn h1_a_daemon_without_descriptors_refuses_newcomers_and_keeps_who_is_there() {
 struct Crowded(PathBuf);
 
 impl Crowded {
-    /// Nobody in it may make another thread from now on.
-    fn around(process: Process) -> Self {
+    /// Nobody is in it.
+    fn new(name: u32) -> Self {
         let roots = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
         let made = roots.iter().find_map(|root| {
-            let group = PathBuf::from(root).join(format!("kvferry-{}", process.0));
+            let group = PathBuf::from(root).join(format!("kvferry-{name}"));
             fs::create_dir(&group).ok()?;
             let group = Self(group);
             group.0.join("pids.max").exists().then_some(group)
         });
-        let group = made.expect("this test needs root and the pids controller of cgroups");
+        made.expect("this test needs root and the pids controller of cgroups")
+    }
+
+    /// Nobody in it may make another thread from now on.
+    fn around(process: Process) -> Self {
+        let group = Self::new(process.0);
         group.write("cgroup.procs", &process.0.to_string());
         group.limit(&process.threads().unwrap().to_string());
         group
@@ -177,6 +199,18 @@ fn h1_a_daemon_that_may_have_no_more_threads_serves_all_the_same() {
     crowded.iter().for_each(|group| group.limit("max"));
     let late = Peer::attach(&target, Kind::Shared, MIB, Stamp::of(4)).unwrap();
     drop(late);
+}
+
+/// H1.
+#[test]
+fn h1_a_daemon_that_may_have_no_thread_says_so_and_does_not_start() {
+    let crowded = Crowded::new(std::process::id());
+    crowded.limit("1");
+    let join = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", crowded.0.display());
+    let refusal = Launch::new().unwrap().under(&["sh", "-c", &join, "sh"]).refused().unwrap();
+    assert_eq!(refusal.code, Some(70), "{refusal:?}");
+    assert!(refusal.said.contains("the control runtime: "), "{refusal:?}");
+    assert!(crowded.refused() > 0, "it was given a thread");
 }
 
 /// G2, as far as it goes without rdma.

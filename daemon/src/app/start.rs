@@ -149,6 +149,7 @@ fn resources(
         secret,
         started: Instant::now(),
         registrar,
+        resolver: Arc::default(),
         carriers: Arc::new(carriers),
         copies: Arc::new(copies),
         ports,

@@ -137,6 +137,7 @@ impl Node {
             secret: resources.secret.clone(),
             timing,
             limit_slices: config.limits.slices as u64,
+            resolver: resources.resolver.clone(),
             carriers: resources.carriers.clone(),
             copies: resources.copies.clone(),
             neighbours: self.clone(),

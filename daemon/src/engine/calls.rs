@@ -130,49 +130,13 @@ impl Engine {
     /// waits for that, but no longer than `settle`. What the peer says of its own half is not waited for: the
     /// transfer's report tells it.
     pub async fn cancel(&self, node: &Node, transfer: TransferId, settle: Duration) -> Result<bool, Failure> {
-        let mut verdict = self.find(node, transfer)?;
-        let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
-        let mut asked = JoinSet::new();
-        for handle in self.handles() {
-            let failure = failure.clone();
-            asked.spawn(async move { handle.ask(|answer| Command::Cancel(transfer, failure, answer)).await });
-        }
-        // The session that carries it answers, and no other.
-        let settled_here = async {
-            while let Some(answer) = asked.join_next().await {
-                if matches!(answer, Ok(Some(()))) {
-                    return;
-                }
-            }
-            std::future::pending().await
-        };
-        let over = async {
-            let end =
-                |told: &Option<Report>| told.as_ref().is_some_and(|end| end.outcome != Outcome::Unsettled);
-            if verdict.wait_for(end).await.is_err() {
-                std::future::pending().await
-            }
-        };
-        let settled = async {
-            tokio::select! {
-                biased;
-                () = over => {}
-                () = settled_here => {}
-            }
-        };
-        Ok(tokio::time::timeout(settle, settled).await.is_ok())
+        let verdict = self.find(node, transfer)?;
+        Ok(cancel(self.handles(), verdict, transfer, settle).await)
     }
 
     /// As [`Engine::cancel`], from where waiting is not possible: the caller has gone away.
-    pub fn abandon(self: &Arc<Self>, transfer: TransferId) {
-        let failure = Failure::new(Reason::Cancelled, "the call was dropped");
-        for handle in self.handles() {
-            if !handle.try_end(transfer, failure.clone()) {
-                let failure = failure.clone();
-                // Bounded by the calls that may be open at once.
-                tokio::spawn(async move { handle.send(Command::End(transfer, failure)).await.ok() });
-            }
-        }
+    pub fn abandon(&self, transfer: TransferId) {
+        end(self.handles(), transfer, &Failure::new(Reason::Cancelled, "the call was dropped"));
     }
 
     /// A transfer of this engine.
@@ -254,5 +218,100 @@ impl Engine {
 
     fn gone_failure(&self) -> Failure {
         self.gone().unwrap_or_else(|| Failure::plain(Reason::EngineGone))
+    }
+}
+
+/// Whether the transfer was settled on this node within `settle`. It is ended in any case: if not by then, later.
+async fn cancel(handles: Vec<Handle>, mut verdict: Verdict, transfer: TransferId, settle: Duration) -> bool {
+    let failure = Failure::new(Reason::Cancelled, "the caller cancelled the transfer");
+    let mut asked = JoinSet::new();
+    for handle in handles.clone() {
+        let failure = failure.clone();
+        asked.spawn(async move { handle.ask(|answer| Command::Cancel(transfer, failure, answer)).await });
+    }
+    // The session that carries it answers, and no other.
+    let settled_here = async {
+        while let Some(answer) = asked.join_next().await {
+            if matches!(answer, Ok(Some(()))) {
+                return;
+            }
+        }
+        std::future::pending().await
+    };
+    let over = async {
+        let end = |told: &Option<Report>| told.as_ref().is_some_and(|end| end.outcome != Outcome::Unsettled);
+        if verdict.wait_for(end).await.is_err() {
+            std::future::pending().await
+        }
+    };
+    let settled = async {
+        tokio::select! {
+            biased;
+            () = over => {}
+            () = settled_here => {}
+        }
+    };
+    let settled = tokio::time::timeout(settle, settled).await.is_ok();
+    if !settled {
+        // Whoever still waits before a full inbox gives up with this call, and a session that was asked before it
+        // got the transfer knew nothing of it.
+        end(handles, transfer, &failure);
+    }
+    settled
+}
+
+/// Has a transfer ended by whichever session carries it, without waiting.
+fn end(handles: Vec<Handle>, transfer: TransferId, failure: &Failure) {
+    for handle in handles {
+        if !handle.try_end(transfer, failure.clone()) {
+            let failure = failure.clone();
+            // As many as calls end while a session does not read. One that is gone takes nothing.
+            tokio::spawn(async move { handle.send(Command::End(transfer, failure)).await.ok() });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::{oneshot, watch};
+
+    use super::*;
+
+    /// The call no longer waits, and the transfer ends all the same.
+    #[tokio::test]
+    async fn a_cancel_that_finds_the_inbox_full_is_heard_when_there_is_room() {
+        let (handle, mut inbox) = Handle::new(SessionId::new("peer:1"), watch::channel(None).1);
+        let (_told, verdict) = watch::channel(None);
+        while handle.try_end(TransferId([1; 16]), Failure::plain(Reason::Cancelled)) {}
+        let transfer = TransferId([2; 16]);
+        assert!(!cancel(vec![handle], verdict, transfer, Duration::from_millis(20)).await);
+        let heard = async {
+            while let Some(command) = inbox.recv().await {
+                if matches!(command, Command::End(which, _) if which == transfer) {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(heard.await, "nobody told the session");
+    }
+
+    #[tokio::test]
+    async fn a_cancel_is_settled_by_the_session_that_carries_it() {
+        let sessions = ["peer:1", "peer:2"].map(|id| Handle::new(SessionId::new(id), watch::channel(None).1));
+        let [(stranger, mut knows_nothing), (carrier, mut carries)] = sessions;
+        let (_told, verdict) = watch::channel(None);
+        let answer = |command| match command {
+            Some(Command::Cancel(_, _, answer)) => answer,
+            other => panic!("not a cancel: {other:?}"),
+        };
+        let serve = async {
+            drop::<oneshot::Sender<()>>(answer(knows_nothing.recv().await));
+            answer(carries.recv().await).send(()).expect("somebody waits");
+        };
+        let asked = cancel(vec![stranger, carrier], verdict, TransferId([2; 16]), Duration::from_secs(60));
+        let (settled, ()) = tokio::join!(asked, serve);
+        assert!(settled);
+        assert!(knows_nothing.try_recv().is_err() && carries.try_recv().is_err(), "told twice");
     }
 }

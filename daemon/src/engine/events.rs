@@ -41,8 +41,8 @@ impl EngineEvent {
     }
 }
 
-/// The queue. When it is full the oldest event that can be asked for is dropped; where all that waits is of
-/// sessions, the one that changed longest ago.
+/// The queue. When it is full the oldest event that can be asked for is dropped, the newcomer included; only for
+/// the word of a session, where all that waits is such words, the one of the session that changed longest ago.
 #[derive(Debug, Default)]
 pub struct EventQueue {
     waiting: Mutex<VecDeque<EngineEvent>>,
@@ -58,7 +58,11 @@ impl EventQueue {
         }
         if waiting.len() == LIMIT {
             let expendable = waiting.iter().position(|earlier| earlier.session().is_none());
-            waiting.remove(expendable.unwrap_or(0));
+            match (expendable, event.session()) {
+                (Some(index), _) => waiting.remove(index),
+                (None, Some(_)) => waiting.pop_front(),
+                (None, None) => return,
+            };
         }
         waiting.push_back(event);
         drop(waiting);
@@ -126,6 +130,15 @@ mod tests {
         let expected = [("peer:1", Some(1)), ("peer:2", None), ("peer:3", last)];
         assert_eq!(pins(&queue), expected.map(|(session, pin)| (session.to_owned(), pin)));
         assert_eq!(queue.waiting().len(), LIMIT);
+    }
+
+    #[test]
+    fn what_can_be_asked_for_takes_the_place_of_no_pin() {
+        let queue = EventQueue::default();
+        (0..LIMIT).for_each(|port| queue.push(changed(port, Some(1))));
+        let full = pins(&queue);
+        queue.push(EngineEvent::Draining(Duration::ZERO));
+        assert_eq!((full.len(), pins(&queue)), (LIMIT, full));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
     domain::{BootId, EngineId, Failure, Incarnation, Reason, TransferId},
     kernel,
     memory::{EngineMemory, FdShelf, Registrar},
-    peer::{Neighbours, Ports},
+    peer::{Neighbours, Ports, Resolver},
     policy::Drain,
     session::secret::Secret,
     telemetry::Metrics,
@@ -40,6 +40,8 @@ pub struct Resources {
     pub started: Instant,
     /// I7.
     pub registrar: Arc<Registrar>,
+    /// Finds peers' addresses.
+    pub resolver: Arc<Resolver>,
     /// Owners of TCP lanes.
     pub carriers: Arc<Carriers>,
     /// Workers of the local path.

@@ -1,6 +1,10 @@
 //! The initiator's end of the control stream: dial, shake hands, then pass messages on.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use ed25519_dalek::SigningKey;
 use hyper_util::rt::TokioIo;
@@ -12,7 +16,7 @@ use tokio::{net::TcpStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
-use super::convert;
+use super::{Resolver, convert};
 use crate::{
     domain::{BootId, Failure, Incarnation, PathKind, Reason, SessionId},
     policy::{RouteQuery, route},
@@ -45,6 +49,8 @@ pub struct Dial<'a> {
     pub checksum: bool,
     /// What the target's daemon must know too, if anything.
     pub secret: Option<&'a Secret>,
+    /// Finds the target's addresses.
+    pub resolver: &'a Resolver,
     /// For everything until the tables are here.
     pub timeout: Duration,
 }
@@ -79,11 +85,18 @@ pub async fn connect(dial: Dial<'_>) -> Result<Connection, Failure> {
     })
 }
 
-async fn dial_tcp(target: &SessionId) -> Result<TcpStream, Failure> {
+async fn dial_tcp(target: &SessionId, resolver: &Resolver) -> Result<TcpStream, Failure> {
     let Some((host, port)) = target.authority() else {
         return Err(Failure::new(Reason::UnknownSession, format!("{target:?} is not host:port")));
     };
-    let stream = TcpStream::connect((host, port)).await.map_err(|error| refusal(target, &error))?;
+    let stream = match host.parse::<IpAddr>() {
+        Ok(address) => TcpStream::connect((address, port)).await,
+        Err(_) => match resolver.resolve(host, port).await {
+            Ok(addresses) => TcpStream::connect(&addresses[..]).await,
+            Err(error) => Err(error),
+        },
+    };
+    let stream = stream.map_err(|error| refusal(target, &error))?;
     stream.set_nodelay(true).map_err(|error| refusal(target, &error))?;
     Ok(stream)
 }
@@ -98,7 +111,7 @@ fn refusal(target: &SessionId, error: &io::Error) -> Failure {
 }
 
 async fn shake_hands(dial: Dial<'_>) -> Result<Connection, Failure> {
-    let stream = dial_tcp(dial.target).await?;
+    let stream = dial_tcp(dial.target, dial.resolver).await?;
     let address = stream.peer_addr().map_err(|error| refusal(dial.target, &error))?;
     let mut client = PeerClient::new(channel(stream).await?).max_decoding_message_size(MAX_MESSAGE);
     let (to_target, outgoing) = mpsc::channel(OUTGOING);

@@ -4,6 +4,7 @@ use std::{fmt::Debug, sync::Arc, time::Duration};
 
 use ed25519_dalek::SigningKey;
 
+use super::Resolver;
 use crate::{
     domain::{BootId, Failure, Incarnation, PathKind, Report, SessionId, TransferId},
     memory::EngineMemory,
@@ -64,6 +65,8 @@ pub struct Context {
     pub timing: Timing,
     /// Most slices of a transfer, after expansion of pages.
     pub limit_slices: u64,
+    /// Finds peers' addresses; one for all engines.
+    pub resolver: Arc<Resolver>,
     /// Owners of TCP lanes.
     pub carriers: Arc<Carriers>,
     /// Workers of the local path.

@@ -16,8 +16,10 @@ mod link;
 mod planning;
 mod ports;
 mod report;
+mod resolver;
 mod revokes;
 pub mod target;
 
 pub use context::{Context, Neighbours, Outcomes, Timing};
 pub use ports::{Listening, PortSettings, Ports};
+pub use resolver::Resolver;

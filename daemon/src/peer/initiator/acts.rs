@@ -83,6 +83,7 @@ impl Driver {
                 allowed: &context.allowed,
                 checksum: context.checksum,
                 secret: context.secret.as_ref(),
+                resolver: &context.resolver,
                 timeout: context.timing.silence,
             };
             let report = match client::connect(dial).await {

@@ -2,7 +2,8 @@
 //!
 //! The end of a rest is recorded by two clocks. Within one boot of the kernel its age decides, which nobody can set;
 //! the wall clock may jump, and is asked only where nothing else outlived the reboot. What a line does not say
-//! plainly is left out and counted: a spoilt record costs quarantines, never a start.
+//! plainly is left out and counted: a spoilt record costs quarantines, never a start. Records of version 1 are read
+//! too, which have the wall clock only.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +11,7 @@ use super::table::{Entry, Standing, Table};
 use crate::{domain::Incarnation, kernel};
 
 const HEADER: &str = "kvferry ports 2";
+const WALL_CLOCK_ONLY: &str = "kvferry ports 1";
 
 /// What a record says.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -61,9 +63,11 @@ pub(super) fn write(table: &Table, now: Instant, clocks: &Clocks) -> String {
 /// Rests that are over by now are left out.
 pub(super) fn parse(text: &str, clocks: &Clocks) -> Record {
     let mut lines = text.lines();
-    if lines.next() != Some(HEADER) {
-        return Record { spoilt: 1, ..Record::default() };
-    }
+    let parse_line = match lines.next() {
+        Some(HEADER) => parse_line,
+        Some(WALL_CLOCK_ONLY) => parse_line_of_1,
+        _ => return Record { spoilt: 1, ..Record::default() },
+    };
     let mut record = Record::default();
     let mut same_boot = false;
     for line in lines {
@@ -74,9 +78,9 @@ pub(super) fn parse(text: &str, clocks: &Clocks) -> Record {
                 record.entries.push(Entry { port, who, standing: Standing::InUse });
             }
             Some(Line::Rests(port, who, until)) => {
-                let rest = match same_boot {
-                    true => until.since_boot.saturating_sub(clocks.since_boot),
-                    false => until.wall.saturating_sub(clocks.wall),
+                let rest = match until.since_boot.filter(|_| same_boot) {
+                    Some(since_boot) => since_boot.saturating_sub(clocks.since_boot),
+                    None => until.wall.saturating_sub(clocks.wall),
                 };
                 record.entries.push(Entry { port, who, standing: Standing::Rests(rest) });
             }
@@ -95,19 +99,36 @@ enum Line<'a> {
 }
 
 struct Until {
-    since_boot: Duration,
+    /// Nothing: not recorded.
+    since_boot: Option<Duration>,
     wall: Duration,
+}
+
+/// Of version 1: `rests port who wall`, and nothing of a boot.
+fn parse_line_of_1(line: &str) -> Option<Line<'_>> {
+    let words: Vec<&str> = line.split(' ').collect();
+    match words[..] {
+        ["rests", port, who, wall] => {
+            let until = Until { since_boot: None, wall: millis(wall)? };
+            Some(Line::Rests(port.parse().ok()?, incarnation(who)?, until))
+        }
+        ["next" | "in-use", ..] => parse_line(line),
+        _ => None,
+    }
+}
+
+fn millis(text: &str) -> Option<Duration> {
+    text.parse().ok().map(Duration::from_millis)
 }
 
 fn parse_line(line: &str) -> Option<Line<'_>> {
     let words: Vec<&str> = line.split(' ').collect();
-    let millis = |text: &str| text.parse().ok().map(Duration::from_millis);
     match words[..] {
         ["boot", boot] => Some(Line::Boot(boot)),
         ["next", port] => Some(Line::Next(port.parse().ok()?)),
         ["in-use", port, who] => Some(Line::InUse(port.parse().ok()?, incarnation(who)?)),
         ["rests", port, who, since_boot, wall] => {
-            let until = Until { since_boot: millis(since_boot)?, wall: millis(wall)? };
+            let until = Until { since_boot: Some(millis(since_boot)?), wall: millis(wall)? };
             Some(Line::Rests(port.parse().ok()?, incarnation(who)?, until))
         }
         _ => None,
@@ -184,11 +205,28 @@ mod tests {
         assert_eq!(rest(&rebooted("", clocks.wall + soon)), Some(QUARANTINE - soon));
     }
 
+    /// An upgrade forgets no quarantine.
+    #[test]
+    fn a_record_of_version_1_is_read_by_the_wall_clock() {
+        let clocks = clocks();
+        let who = Incarnation([1; 32]);
+        let hex = "01".repeat(32);
+        let until = (clocks.wall + QUARANTINE).as_millis();
+        let text = format!(
+            "{WALL_CLOCK_ONLY}\nnext 20005\nin-use 20001 {hex}\nrests 20002 {hex} {until}\n\
+             rests 20003 {hex} {}\nrests 20004 {hex} {until} {until}\nboot one\n",
+            clocks.wall.as_millis(),
+        );
+        let entry = |port, standing| Entry { port, who, standing };
+        let entries = vec![entry(20_001, Standing::InUse), entry(20_002, Standing::Rests(QUARANTINE))];
+        assert_eq!(parse(&text, &clocks), Record { next: Some(20_005), entries, spoilt: 2 });
+    }
+
     #[test]
     fn what_makes_no_sense_is_left_out_and_counted() {
         let who = "01".repeat(32);
         let read = |text: &str| parse(text, &clocks());
-        for spoilt in ["", "kvferry ports 1\nnext 1", "\0\0\0", "in-use 20000"] {
+        for spoilt in ["", "kvferry ports 3\nnext 1", "\0\0\0", "in-use 20000"] {
             assert_eq!(read(spoilt), Record { spoilt: 1, ..Record::default() }, "{spoilt:?}");
         }
         let text = format!(
