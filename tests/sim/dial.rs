@@ -19,7 +19,6 @@ use super::{
     daemon::{Link, Session, SessionKey, Sink},
     lanes::{Wire, WireId},
     stream::{Down, Stream, StreamId, Up},
-    target::CHECKSUMS,
     world::{Happening, SILENCE_US, World},
 };
 
@@ -167,6 +166,7 @@ impl World {
     pub(super) fn lane_up(&mut self, id: WireId) {
         let Some(wire) = self.wires.get_mut(&id) else { return };
         let (key, lane, kind) = (wire.from, wire.lane, wire.kind);
+        let checksums = self.checksums;
         let Some(home) = self.home(key.life) else { return };
         let Some(ours) = self.wires.get_mut(&id).and_then(|wire| wire.ours.take()) else {
             let failure = Failure::plain(Reason::ConnectRefused);
@@ -180,7 +180,7 @@ impl World {
         };
         let Some(daemon) = &self.nodes[home].daemon else { return };
         let sink = Arc::new(Sink(key, daemon.mail.clone()));
-        let setup = InitiatorSetup { lane, kind, memory, sink, pulse, checksums: CHECKSUMS };
+        let setup = InitiatorSetup { lane, kind, memory, sink, pulse, checksums };
         let open = daemon.carriers.initiate(ours, setup);
         self.count(if kind == LaneKind::Write { "write lane opened" } else { "read lane opened" });
         if let Some(session) = self.session(key) {

@@ -19,9 +19,6 @@ use super::{
 /// Longest handshake.
 const HANDSHAKE_US: u64 = 5_000_000;
 
-/// Payload is summed in every life: whatever the faults do, that must never be the reason for anything.
-pub(super) const CHECKSUMS: bool = true;
-
 /// How far a conversation has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Stage {
@@ -131,9 +128,9 @@ impl World {
         let mail = daemon.mail.clone();
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
         conversation.stage = Stage::Confirming;
-        let who = conversation.who;
+        let (who, checksums) = (conversation.who, self.checksums);
         let job = daemon.runtime.spawn(async move {
-            mail.say(Answer::Confirmed(id, inbound.confirm(who, String::new(), CHECKSUMS).await));
+            mail.say(Answer::Confirmed(id, inbound.confirm(who, String::new(), checksums).await));
         });
         conversation.jobs.push(job.abort_handle());
     }

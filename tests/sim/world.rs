@@ -151,6 +151,9 @@ pub(super) struct World {
     pub(super) revokes: BTreeMap<u64, Revoke>,
     /// Ranges that a daemon keeps of each endpoint's revocations in this life.
     pub(super) revocation_limit: usize,
+    /// Whether the daemons of this life have agreed on checksums: whatever the faults do, one that does not fit must
+    /// never be the reason for anything.
+    pub(super) checksums: bool,
     /// Probes and revocations asked for so far.
     pub(super) tickets: u64,
 }
@@ -171,6 +174,7 @@ impl World {
         let delay_us = [200, 2_000, 20_000][dice.below(3)];
         let fault_chance = [0, 10, 30, 60][dice.below(4)];
         let revocation_limit = [2, 64, 64][dice.below(3)];
+        let checksums = dice.percent(50);
         let mut world = Self {
             now_us: 0,
             base: Instant::now(),
@@ -197,6 +201,7 @@ impl World {
             fault_chance,
             revokes: BTreeMap::new(),
             revocation_limit,
+            checksums,
             tickets: 0,
         };
         for node in 0..world.nodes.len() {

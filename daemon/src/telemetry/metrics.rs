@@ -59,7 +59,7 @@ pub struct Metrics {
     refused_revocations: Counter,
     /// Parts that targets refused because something was revoked.
     pub revoked_parts: Counter,
-    /// Parts whose payload did not fit its checksum when it arrived.
+    /// Parts whose table or payload did not fit its checksum when it arrived.
     pub damaged_parts: Counter,
     /// Connections closed before they had said what they are.
     pub unclassified: Counter,
@@ -140,7 +140,7 @@ impl Metrics {
         );
         r.register(
             "damaged_parts",
-            "Parts that arrived with payload that does not fit its checksum",
+            "Parts that arrived with a table or payload that does not fit its checksum",
             self.damaged_parts.clone(),
         );
         r.register(

@@ -258,7 +258,7 @@ impl Carrier {
         let cause = match cause.into() {
             Ended::Failed(failure) => failure,
             Ended::Broken(violation) => {
-                if let Violation::Payload { .. } = violation {
+                if let Violation::Payload { .. } | Violation::Table { .. } = violation {
                     self.damaged.inc();
                 }
                 tracing::warn!(lane = %lane.ending.lane(), %violation, "what came over a lane is not what its peer may send");

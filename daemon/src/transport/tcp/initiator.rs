@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use super::wire::{Descriptor, FrameKind, PartHeader, WINDOW_PARTS};
+use super::wire::{Descriptor, FrameKind, PartHeader, WINDOW_PARTS, table_sum};
 use crate::{
     domain::{Failure, LaneId, Reason, TransferId},
     transport::{LaneEvent, LaneSink, Part, Payload, SequencedPart},
@@ -154,13 +154,20 @@ fn pass_over(queued: Queued, teller: &Teller) -> Queued {
 }
 
 /// Puts parts into bytes. Reused from part to part.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Encoder {
+    /// Checksums were agreed on.
+    sums: bool,
     /// Target regions of the part, as indices into the payload's, in order of first use.
     used: Vec<u16>,
 }
 
 impl Encoder {
+    /// `sums` where tables are to be summed.
+    pub(super) fn new(sums: bool) -> Self {
+        Self { sums, used: Vec::new() }
+    }
+
     /// Appends header and table.
     pub(super) fn encode(&mut self, kind: FrameKind, sequence: u64, part: &Part, into: &mut Vec<u8>) {
         self.used.clear();
@@ -180,6 +187,7 @@ impl Encoder {
             bytes: bounds.bytes,
         };
         into.extend_from_slice(&header.encode());
+        let table = into.len();
         for &region in &self.used {
             let region = &payload.remote_regions[usize::from(region)];
             into.extend_from_slice(&region.id.0.to_le_bytes());
@@ -191,6 +199,10 @@ impl Encoder {
             let length = piece.length as u32;
             let run = Descriptor { address: piece.remote, length, region: last as u16 };
             into.extend_from_slice(&run.encode());
+        }
+        if self.sums {
+            let sum = table_sum(&into[table..]);
+            into.extend_from_slice(&sum);
         }
     }
 

@@ -14,8 +14,8 @@ use super::{
     role::{Budget, Ended, Interest, Meter, Ready, Refusals, Role},
     stops::LaneStops,
     wire::{
-        FrameKind, HEADER_BYTES, PartHeader, REGION_ENTRY_BYTES, RUN_BYTES, Refusal, Table, Violation,
-        refusal_reply,
+        FrameKind, HEADER_BYTES, PartHeader, REGION_ENTRY_BYTES, RUN_BYTES, Refusal, TABLE_SUM_BYTES, Table,
+        Violation, refusal_reply,
     },
 };
 use crate::{
@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Holds the largest request.
-const REQUEST_BYTES: usize = HEADER_BYTES + PART_RUNS * (REGION_ENTRY_BYTES + RUN_BYTES);
+const REQUEST_BYTES: usize = HEADER_BYTES + PART_RUNS * (REGION_ENTRY_BYTES + RUN_BYTES) + TABLE_SUM_BYTES;
 
 #[derive(Debug)]
 pub(super) struct ReadServer {
@@ -35,6 +35,8 @@ pub(super) struct ReadServer {
 #[derive(Debug)]
 struct Work {
     meter: Meter,
+    /// Checksums were agreed on.
+    sums: bool,
     admission: Admission,
     requests: SmallIn,
     out: Outgoing,
@@ -48,6 +50,7 @@ impl ReadServer {
     pub(super) fn new(setup: TargetSetup, stops: LaneStops, meter: Meter) -> Self {
         let work = Work {
             meter,
+            sums: setup.checksums,
             admission: Admission::new(setup.memory, stops),
             requests: SmallIn::new(REQUEST_BYTES),
             out: Outgoing::new(setup.checksums),
@@ -108,7 +111,7 @@ impl Work {
         let bytes = self.requests.bytes();
         let Some(header) = bytes.first_chunk() else { return Ok(None) };
         let header = PartHeader::parse(header)?;
-        let length = HEADER_BYTES + header.table_bytes();
+        let length = HEADER_BYTES + header.table_bytes(self.sums);
         Ok((bytes.len() >= length).then_some((header, length)))
     }
 
@@ -121,7 +124,7 @@ impl Work {
         }
         match header.kind {
             FrameKind::ReadRequest => {
-                let table = Table::new(&header, &self.requests.bytes()[HEADER_BYTES..length]);
+                let table = Table::parse(&header, &self.requests.bytes()[HEADER_BYTES..length], self.sums)?;
                 match self.admission.admit(&header, table, self.out.body()) {
                     Ok(()) => {
                         let data = PartHeader { kind: FrameKind::ReadData, runs: 0, regions: 0, ..header };

@@ -57,7 +57,7 @@ impl ReadSink {
             teller: Teller::new(setup.lane, setup.sink),
             meter,
             queue: Queue::default(),
-            encoder: Encoder::default(),
+            encoder: Encoder::new(setup.checksums),
             requests: SmallOut::default(),
             awaited: VecDeque::new(),
             incoming: Incoming::new(setup.checksums),

@@ -49,7 +49,7 @@ impl WriteSource {
             teller: Teller::new(setup.lane, setup.sink),
             meter,
             queue: Queue::default(),
-            encoder: Encoder::default(),
+            encoder: Encoder::new(setup.checksums),
             out: Outgoing::new(setup.checksums),
             current: None,
             blocked: false,
@@ -204,7 +204,12 @@ impl Work {
             Ack::Processed { .. } => self.acked,
             Ack::Refused { .. } => self.acked.max(self.refused),
         };
-        if sequence <= heard || sequence > self.finished {
+        let sent = match (ack, &self.current) {
+            // A table is judged before the payload behind it has come, or gone.
+            (Ack::Refused { refusal, .. }, Some((begun, _))) if refusal.reason == Reason::Checksum => *begun,
+            _ => self.finished,
+        };
+        if sequence <= heard || sequence > sent {
             return Err(Violation::Sequence { expected: heard + 1, got: sequence }.into());
         }
         match ack {

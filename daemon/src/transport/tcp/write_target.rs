@@ -13,7 +13,7 @@ use super::{
     stops::LaneStops,
     wire::{
         Ack, FrameKind, HEADER_AND_TABLE_START, HEADER_BYTES, PartHeader, REGION_ENTRY_BYTES, RUN_BYTES,
-        Refusal, TABLE_START, Table, Trailer, Violation,
+        Refusal, TABLE_START, TABLE_SUM_BYTES, Table, Trailer, Violation,
     },
 };
 use crate::{
@@ -28,7 +28,7 @@ const PARTS_PER_ACK: u64 = 4;
 /// Acknowledgements that may wait for a peer that does not read them, before its parts wait too.
 const ACK_BACKLOG_BYTES: usize = 4096;
 
-const TABLE_BYTES: usize = PART_RUNS * (REGION_ENTRY_BYTES + RUN_BYTES);
+const TABLE_BYTES: usize = PART_RUNS * (REGION_ENTRY_BYTES + RUN_BYTES) + TABLE_SUM_BYTES;
 
 #[derive(Debug)]
 pub(super) struct WriteTarget {
@@ -50,6 +50,8 @@ enum Stage {
 #[derive(Debug)]
 struct Work {
     meter: Meter,
+    /// Checksums were agreed on.
+    sums: bool,
     admission: Admission,
     incoming: Incoming<HEADER_AND_TABLE_START>,
     stage: Stage,
@@ -67,6 +69,7 @@ impl WriteTarget {
         let admission = Admission::new(setup.memory, stops);
         let work = Work {
             meter,
+            sums: setup.checksums,
             incoming: Incoming::new(setup.checksums),
             stage: Stage::Head,
             table: vec![0; TABLE_BYTES].into_boxed_slice(),
@@ -88,7 +91,10 @@ impl Role for WriteTarget {
         work.acks.flush(socket)?;
         while budget.is_left() && work.acks.len() < ACK_BACKLOG_BYTES {
             let (moved, drained) = match work.stage {
-                Stage::Table(header, have) => (0, work.receive_table(socket, header, have)?),
+                Stage::Table(header, have) => {
+                    let taken = work.receive_table(socket, header, have);
+                    (0, taken.map_err(|ended| work.part_with(socket, ended))?)
+                }
                 Stage::Head | Stage::Payload(_) => {
                     let (inside, news) = fence.enter()?;
                     if let Some(view) = news {
@@ -151,7 +157,7 @@ impl Work {
         header: PartHeader,
         have: usize,
     ) -> Result<bool, Ended> {
-        let need = header.table_bytes();
+        let need = header.table_bytes(self.sums);
         let bytes = match receive_plain(socket, &mut self.table[have..need]).map_err(|error| lost(&error))? {
             Received::Bytes(bytes) => bytes,
             Received::Nothing => 0,
@@ -162,7 +168,7 @@ impl Work {
             self.stage = Stage::Table(header, have + bytes);
             return Ok(true);
         }
-        self.admit(header);
+        self.admit(header)?;
         Ok(false)
     }
 
@@ -186,10 +192,10 @@ impl Work {
         Ok(arrival.drained)
     }
 
-    /// Payload that is wrong ends the lane, and is not acknowledged. The initiator is told why while the
+    /// A part that was changed ends the lane, and is not acknowledged. The initiator is told why while the
     /// connection still carries it; otherwise it learns what every cut means, and does the same.
     fn part_with(&mut self, socket: BorrowedFd<'_>, ended: Ended) -> Ended {
-        if let Ended::Broken(Violation::Payload { sequence }) = ended {
+        if let Ended::Broken(Violation::Payload { sequence } | Violation::Table { sequence }) = ended {
             let refusal = Refusal::whole(Reason::Checksum);
             self.acks.buffer().extend_from_slice(&Ack::Refused { sequence, refusal }.encode());
             let _ = self.acks.flush(socket);
@@ -207,8 +213,8 @@ impl Work {
         match header.kind {
             FrameKind::Write => {
                 self.table[..TABLE_START].copy_from_slice(table);
-                match header.table_bytes() {
-                    TABLE_START => self.admit(header),
+                match header.table_bytes(self.sums) {
+                    TABLE_START => self.admit(header)?,
                     _ => self.stage = Stage::Table(header, TABLE_START),
                 }
             }
@@ -220,8 +226,8 @@ impl Work {
     }
 
     /// The table is here: from now on payload comes, into memory or into scrap.
-    fn admit(&mut self, header: PartHeader) {
-        let table = Table::new(&header, &self.table[..header.table_bytes()]);
+    fn admit(&mut self, header: PartHeader) -> Result<(), Violation> {
+        let table = Table::parse(&header, &self.table[..header.table_bytes(self.sums)], self.sums)?;
         let body = self.incoming.body();
         self.refusal = self.admission.admit(&header, table, body).err();
         if self.refusal.is_some() {
@@ -229,6 +235,7 @@ impl Work {
         }
         self.incoming.begin();
         self.stage = Stage::Payload(header);
+        Ok(())
     }
 
     fn finish(&mut self, header: PartHeader, trailer: Trailer) {

@@ -191,11 +191,20 @@ fn read_ack(stream: &mut TcpStream) -> Ack {
 
 /// Header, payload and trailer of a part of a single run, as a write lane's target sees it.
 fn read_part(stream: &mut TcpStream) -> (PartHeader, Vec<u8>, Option<Trailer>) {
+    read_part_with(|_, _| {}, stream)
+}
+
+/// The same, with somebody who takes what follows the table where checksums were agreed on.
+fn read_part_with(
+    behind: impl FnOnce(&mut TcpStream, &[u8]),
+    stream: &mut TcpStream,
+) -> (PartHeader, Vec<u8>, Option<Trailer>) {
     let head = read_array::<HEADER_AND_TABLE_START>(stream);
     let header = PartHeader::parse(head.first_chunk().expect("a header")).expect("a header");
     if header.kind == FrameKind::Abort {
         return (header, Vec::new(), None);
     }
+    behind(stream, &head[wire::HEADER_BYTES..]);
     let mut payload = vec![0; header.bytes as usize];
     stream.read_exact(&mut payload).expect("payload in time");
     let trailer = Trailer::parse(&read_array(stream), header.sequence).expect("a trailer");

@@ -10,9 +10,12 @@
 //! read lane,  target to initiator   part header | payload | trailer              (or ABORT, or refusal + 32 zero bytes)
 //! ```
 //!
+//! Where the two daemons have agreed on checksums, four bytes follow each table: its CRC32C. It travels by itself and
+//! not in the trailer because the table is judged before the first byte of payload lands.
+//!
 //! Part sequences are contiguous from 1 on each lane, so a frame that was lost, repeated or injected shows.
-//! Every header carries a CRC of itself. A part's trailer carries one of its payload where the two daemons have
-//! agreed on that; otherwise TCP's is all there is. Whatever does not parse is a [`Violation`], which ends the
+//! Every header carries a CRC of itself. With checksums a part's trailer carries one of its payload; without, TCP's
+//! is all there is for payload and table. Whatever does not parse is a [`Violation`], which ends the
 //! lane: nothing is ever skipped to resynchronise.
 
 mod ack;
@@ -22,7 +25,7 @@ mod preface;
 pub(crate) use ack::{ACK_BYTES, Ack, Refusal};
 pub(crate) use part::{
     Descriptor, FrameKind, HEADER_AND_TABLE_START, HEADER_BYTES, PartHeader, REGION_ENTRY_BYTES, REPLY_BYTES,
-    RUN_BYTES, Reply, TABLE_START, Table, refusal_reply,
+    RUN_BYTES, Reply, TABLE_START, TABLE_SUM_BYTES, Table, refusal_reply, table_sum,
 };
 pub use preface::{PREFACE_BYTES, Preface};
 
@@ -58,6 +61,12 @@ pub enum Violation {
         /// The part's.
         sequence: u64,
     },
+    /// the table of a part is not what its sender wrote
+    #[error("the table of part {sequence} does not fit its checksum")]
+    Table {
+        /// The part's.
+        sequence: u64,
+    },
     /// a field outside its limits
     #[error("{field} is {value}")]
     Limit {
@@ -79,7 +88,7 @@ pub enum Violation {
 impl From<Violation> for Failure {
     fn from(violation: Violation) -> Self {
         let reason = match violation {
-            Violation::Crc(_) | Violation::Payload { .. } => Reason::Checksum,
+            Violation::Crc(_) | Violation::Payload { .. } | Violation::Table { .. } => Reason::Checksum,
             Violation::Magic("preface") | Violation::Version(_) => Reason::HandshakeFailed,
             _ => Reason::ConnectionLost,
         };

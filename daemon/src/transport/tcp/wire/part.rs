@@ -15,8 +15,10 @@ pub(crate) const HEADER_BYTES: usize = 64;
 pub(crate) const REGION_ENTRY_BYTES: usize = 8;
 /// Bytes of a run's descriptor: `u64 address | u32 length | u16 region entry | u16 0`.
 pub(crate) const RUN_BYTES: usize = 16;
+/// Bytes of the CRC32C behind a table where checksums were agreed on, of region entries and descriptors.
+pub(crate) const TABLE_SUM_BYTES: usize = 4;
 /// Every table is at least so long, so a receiver reads so much of it together with the header: a part of a
-/// single run costs no read of its own for its table. An ABORT on a write lane pads to it.
+/// single run costs no read of its own for its table, unless a checksum follows. An ABORT on a write lane pads to it.
 pub(crate) const TABLE_START: usize = REGION_ENTRY_BYTES + RUN_BYTES;
 /// What a receiver reads first of each frame on a write lane.
 pub(crate) const HEADER_AND_TABLE_START: usize = HEADER_BYTES + TABLE_START;
@@ -130,9 +132,10 @@ impl PartHeader {
         limit("payload bytes", self.bytes.into(), u64::from(with_payload), most_bytes)
     }
 
-    /// Bytes of the table that follows it.
-    pub(crate) fn table_bytes(&self) -> usize {
-        usize::from(self.regions) * REGION_ENTRY_BYTES + usize::from(self.runs) * RUN_BYTES
+    /// Bytes of the table that follows it: with the checksum behind it, where `sums` were agreed on.
+    pub(crate) fn table_bytes(&self, sums: bool) -> usize {
+        let sum = if sums && self.runs > 0 { TABLE_SUM_BYTES } else { 0 };
+        usize::from(self.regions) * REGION_ENTRY_BYTES + usize::from(self.runs) * RUN_BYTES + sum
     }
 }
 
@@ -166,10 +169,15 @@ pub(crate) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    /// `bytes` are the [`PartHeader::table_bytes`] that followed `header`.
-    pub(crate) fn new(header: &PartHeader, bytes: &'a [u8]) -> Self {
-        let (regions, runs) = bytes.split_at(usize::from(header.regions) * REGION_ENTRY_BYTES);
-        Self { regions, runs: &runs[..usize::from(header.runs) * RUN_BYTES] }
+    /// `bytes` are the [`PartHeader::table_bytes`] that followed `header`. A table that is not what its sender wrote
+    /// names places that nobody meant, all of them valid, so this comes before anybody looks at one.
+    pub(crate) fn parse(header: &PartHeader, bytes: &'a [u8], sums: bool) -> Result<Self, Violation> {
+        let (table, sum) = bytes.split_at(header.table_bytes(false));
+        if sums && crc32c::crc32c(table) != u32_at(sum, 0) {
+            return Err(Violation::Table { sequence: header.sequence });
+        }
+        let (regions, runs) = table.split_at(usize::from(header.regions) * REGION_ENTRY_BYTES);
+        Ok(Self { regions, runs })
     }
 
     /// The regions that the part uses.
@@ -186,6 +194,11 @@ impl<'a> Table<'a> {
             region: u16_at(run, 12),
         })
     }
+}
+
+/// What follows a table where checksums were agreed on.
+pub(crate) fn table_sum(table: &[u8]) -> [u8; TABLE_SUM_BYTES] {
+    crc32c::crc32c(table).to_le_bytes()
 }
 
 /// What a target sends in the place of a part's data on a read lane.
@@ -292,10 +305,30 @@ mod tests {
         bytes.extend_from_slice(&3u32.to_le_bytes());
         bytes.extend_from_slice(&8u32.to_le_bytes());
         runs.iter().for_each(|run| bytes.extend_from_slice(&run.encode()));
-        assert_eq!(bytes.len(), header().table_bytes());
-        let table = Table::new(&header(), &bytes);
-        assert_eq!(table.regions().collect::<Vec<_>>(), [(RegionId(3), Generation(8))]);
-        assert_eq!(table.runs().collect::<Vec<_>>(), runs);
+        for sums in [false, true] {
+            if sums {
+                bytes.extend_from_slice(&table_sum(&bytes));
+            }
+            assert_eq!(bytes.len(), header().table_bytes(sums));
+            let table = Table::parse(&header(), &bytes, sums).expect("a table");
+            assert_eq!(table.regions().collect::<Vec<_>>(), [(RegionId(3), Generation(8))]);
+            assert_eq!(table.runs().collect::<Vec<_>>(), runs);
+        }
+        assert_eq!(PartHeader::abort(1, TransferId([1; 16])).table_bytes(true), 0);
+    }
+
+    #[test]
+    fn a_changed_bit_of_a_table_is_noticed() {
+        let length = header().table_bytes(false);
+        let mut bytes: Vec<u8> = (0..length as u8).collect();
+        bytes.extend_from_slice(&table_sum(&bytes));
+        for bit in 0..bytes.len() * 8 {
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let damaged = Table::parse(&header(), &bytes, true).err();
+            assert_eq!(damaged, Some(Violation::Table { sequence: header().sequence }), "bit {bit}");
+            assert!(Table::parse(&header(), &bytes[..length], false).is_ok());
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
     }
 
     #[test]
