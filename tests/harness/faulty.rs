@@ -12,6 +12,7 @@ use crate::{
 };
 
 const MIB: u64 = 1 << 20;
+/// What must happen does within this time.
 pub const LIMIT: Duration = Duration::from_secs(15);
 
 /// A small window, so that what a cut can cost is far from the whole.

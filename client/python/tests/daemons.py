@@ -1,7 +1,8 @@
-"""Daemons on loopback, for the tests of this folder."""
+"""Daemons on loopback, and engines in processes of their own, for the tests of this folder."""
 
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,3 +36,26 @@ class Daemon:
         self.process.terminate()
         self.process.wait()
         self.place.cleanup()
+
+
+class Program:
+    """A Python program that answers a line per line."""
+
+    def __init__(self, code: str, *arguments: str, **more) -> None:
+        command = [sys.executable, "-c", code, *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more
+        )
+
+    def line(self) -> str:
+        return self.process.stdout.readline().strip()
+
+    def ask(self, expression: str) -> str:
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+        return self.line()
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()

@@ -12,7 +12,7 @@ import unittest
 from pathlib import Path
 
 import numpy
-from daemons import Daemon
+from daemons import Daemon, Program
 
 from kvferry import compat
 
@@ -42,26 +42,14 @@ def environment(daemon, **more):
     return {**known, **more}
 
 
-class Worker:
+class Worker(Program):
     """A rank of somebody's program."""
 
     def __init__(self, daemon: Daemon) -> None:
-        command = [sys.executable, "-c", PROGRAM, str(POOL)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self.process = subprocess.Popen(command, env=environment(daemon), **pipes)
-        code, self.session, address = self.process.stdout.readline().split()
+        super().__init__(PROGRAM, str(POOL), env=environment(daemon), stderr=subprocess.DEVNULL)
+        code, self.session, address = self.line().split()
         self.address = int(address)
-        self.codes = [int(code), int(self.process.stdout.readline())]
-
-    def ask(self, expression: str) -> str:
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.codes = [int(code), int(self.line())]
 
 
 class DropIn(unittest.TestCase):

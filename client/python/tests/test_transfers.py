@@ -13,15 +13,15 @@ import time
 import unittest
 
 import numpy
-from daemons import Daemon
+from daemons import Daemon, Program
 
 import kvferry
 
 
-class Peer:
-    """An engine in a process of its own: attaches, shares a pool, and answers a line per line."""
+class Peer(Program):
+    """An engine in a process of its own: attaches, and shares a pool."""
 
-    PROGRAM = textwrap.dedent(
+    CODE = textwrap.dedent(
         """
         import sys, numpy, kvferry
         with kvferry.Engine.attach(sys.argv[1], name="peer") as engine:
@@ -35,20 +35,9 @@ class Peer:
     )
 
     def __init__(self, daemon: Daemon, length: int) -> None:
-        command = [sys.executable, "-c", self.PROGRAM, str(daemon.socket), str(length)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        session, address = self.process.stdout.readline().split()
+        super().__init__(self.CODE, str(daemon.socket), str(length))
+        session, address = self.line().split()
         self.session, self.address = session, int(address)
-
-    def ask(self, expression: str) -> str:
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
 
 
 POOL = 16 << 20
