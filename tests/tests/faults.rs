@@ -61,12 +61,13 @@ fn b1_a_read_recovers_from_a_reset() {
     recovers_from_a_cut(Op::Read, Cut::Reset);
 }
 
-/// Progress is what counts: any number of cuts is survived as long as parts get through between them.
+/// Progress is what counts: any number of cuts is survived as long as parts get through between them. Closed and not
+/// reset: a reset takes with it what the target has not read yet, which on a busy machine may be all of it.
 #[test]
 fn b1_many_cuts_and_every_byte_right() {
     const CUTS: u32 = 10;
     let mut faulty = Faulty::new(80 * MIB);
-    faulty.proxy.script(cut(Toward::Target, 4 * MIB + 777, Cut::Reset, CUTS));
+    faulty.proxy.script(cut(Toward::Target, 4 * MIB + 777, Cut::Fin, CUTS));
     let moves = Arrangement::Reversed.moves(4096, 16 << 10);
     faulty.works(&moves);
     assert_eq!(faulty.lanes_lost(), CUTS as usize);
