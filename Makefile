@@ -39,7 +39,7 @@ test-full: ## the long cases, against the release build of the daemon
 	@tests/prepare.sh test-full
 	@$(MAKE) --no-print-directory release
 	KVFERRY_LONG=1 KVFERRYD_BIN=$(abspath $(TARGET_DIR))/release/kvferryd \
-	  cargo test --locked -p kvferry-tests -- --nocapture --test-threads=1
+	  cargo test $(RUST) --test '*' -- --nocapture --test-threads=1
 	cargo test --locked -p kvferry-proto --features generate
 
 wheel: ## the Python package, into dist/

@@ -152,11 +152,25 @@ pub(super) async fn run(
         let back = Pump { toward: Toward::Client, controls: controls.clone(), ..there.clone() };
         tokio::select! {
             how = ordered_cut(controls) => how,
-            how = there.run(from_client, to_server, Some(replays)) => how,
-            how = back.run(from_server, to_client, None) => how,
+            how = both(there.run(from_client, to_server, Some(replays)), back.run(from_server, to_client, None)) => how,
         }
     };
     end(&client, Some(&server), how, &record);
+}
+
+/// The first direction that ends the connection; where each side has only said that it will send no more, the last.
+async fn both(there: impl Future<Output = Option<Cut>>, back: impl Future<Output = Option<Cut>>) -> Cut {
+    tokio::pin!(there, back);
+    let (first, there_is_left) = tokio::select! {
+        how = &mut there => (how, false),
+        how = &mut back => (how, true),
+    };
+    let how = match (first, there_is_left) {
+        (Some(how), _) => return how,
+        (None, true) => there.await,
+        (None, false) => back.await,
+    };
+    how.unwrap_or(Cut::Fin)
 }
 
 /// Waits until all connections of now shall be cut.
@@ -199,13 +213,13 @@ struct Pump<'a> {
 }
 
 impl Pump<'_> {
-    /// Ends when the connection shall end, which a FIN from one side alone does not ask for.
+    /// Ends when no more comes, and says how the connection shall end: a FIN from one side alone does not ask for it.
     async fn run(
         mut self,
         mut from: ReadHalf<'_>,
         mut to: WriteHalf<'_>,
         mut replays: Option<mpsc::Receiver<Vec<u8>>>,
-    ) -> Cut {
+    ) -> Option<Cut> {
         let mut buffer = vec![0; CHUNK];
         loop {
             let order = async {
@@ -218,7 +232,7 @@ impl Pump<'_> {
             let read = tokio::select! {
                 Some(again) = order => {
                     if to.write_all(&again).await.is_err() {
-                        return Cut::Reset;
+                        return Some(Cut::Reset);
                     }
                     continue;
                 }
@@ -228,11 +242,10 @@ impl Pump<'_> {
                 Ok(Next::More) => {}
                 Ok(Next::HalfClosed) => {
                     let _ = to.shutdown().await;
-                    // The other direction goes on and ends the connection.
-                    return std::future::pending().await;
+                    return None;
                 }
-                Ok(Next::Cut(how)) => return how,
-                Err(_) => return Cut::Reset,
+                Ok(Next::Cut(how)) => return Some(how),
+                Err(_) => return Some(Cut::Reset),
             }
         }
     }

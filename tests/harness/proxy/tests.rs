@@ -72,6 +72,10 @@ fn a_half_close_is_passed_on_and_the_other_half_lives() {
     assert_eq!(all, b"P");
     server.write_all(b"still here").unwrap();
     assert_eq!(read(&mut client, 10), b"still here");
+    assert!(!line.proxy.stats()[0].ended);
+    server.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    crate::eventually("nothing is left to pass on", LIMIT, || line.proxy.stats()[0].ended);
 }
 
 #[test]
