@@ -228,7 +228,13 @@ pub(crate) mod tests {
 
     /// Of a daemon whose process nobody can watch.
     pub(crate) fn lease(number: u64) -> Arc<Lease> {
-        Arc::new(Lease {
+        lost(number).1
+    }
+
+    /// The same, and what ends it.
+    pub(crate) fn lost(number: u64) -> (watch::Sender<Option<Ending>>, Arc<Lease>) {
+        let (end, ended) = watch::channel(None);
+        let lease = Lease {
             number,
             engine_id: 1,
             session_id: "127.0.0.1:20000".into(),
@@ -239,9 +245,10 @@ pub(crate) mod tests {
             daemon_pid: 0,
             fd_socket: PathBuf::new(),
             process: DaemonProcess::default(),
-            ended: watch::channel(None).1,
+            ended,
             draining: AtomicBool::new(false),
             released: AtomicBool::new(false),
-        })
+        };
+        (end, Arc::new(lease))
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     orders::Joined,
     regions::Theirs,
     revocations::{self, Noted, Range},
+    unsettled::Known,
 };
 
 /// How long a cancellation waits for a daemon to have the transfer that it is to cancel.
@@ -73,11 +74,10 @@ impl Caller {
         if let Some(settlement) = self.cancel_in_hand(id, in_hand).await? {
             return Ok(settlement);
         }
-        if self.core.unsettled.end_of(id).is_some() {
-            return Ok(Settlement::Settled);
-        }
-        if let Some(lost) = self.core.unsettled.lost_with(self.core.cuts.current(id)) {
-            return Ok(lost.standing().into());
+        match self.core.unsettled.find(id, self.core.cuts.current(id)) {
+            Known::Ended(_) => return Ok(Settlement::Settled),
+            Known::Lost(lease) => return Ok(lease.standing().into()),
+            Known::Nothing => {}
         }
         let lease = self.core.lease();
         match self.ask_cancel(&lease, id).await {

@@ -17,6 +17,7 @@ use crate::{
     lease::{Lease, PROOF_LOOK, Verdict},
     orders::InHand,
     transfer::millis,
+    unsettled::Known,
 };
 
 /// Life of a transfer where nobody says: the daemon's default.
@@ -72,6 +73,9 @@ impl Caller {
     pub(crate) async fn transfer(&self, mut order: Order) -> Result<Report, Error> {
         let result = self.carry(&mut order).await;
         if let Ok(report) = &result {
+            if ended_with_its_daemon(report) {
+                self.core.unsettled.ended(report.clone());
+            }
             order.in_hand.ends_with(report);
         }
         result
@@ -81,6 +85,9 @@ impl Caller {
         let slices = Arc::new(std::mem::take(&mut order.transfer.slices));
         let count = slices.count()?;
         let give_up = Instant::now() + self.lifetime(&order.transfer);
+        if !order.fresh {
+            self.core.unsettled.begins_again(order.id);
+        }
         loop {
             let lease = self.core.lease();
             if order.fresh && lease.ending().is_some() {
@@ -293,12 +300,11 @@ impl Caller {
     /// For a transfer that no call has in hand.
     async fn wait_there(&self, id: TransferId, timeout: Duration) -> Result<Report, Error> {
         const CALL: &str = "Wait";
-        if let Some(report) = self.core.unsettled.end_of(id) {
-            return Ok(report);
-        }
         let current = self.core.cuts.current(id);
-        if let Some(lost) = self.core.unsettled.lost_with(current) {
-            return Ok(self.outlast(&lost, id, timeout).await);
+        match self.core.unsettled.find(id, current) {
+            Known::Ended(report) => return Ok(report),
+            Known::Lost(lease) => return Ok(self.outlast(&lease, id, timeout).await),
+            Known::Nothing => {}
         }
         let (lease, begun) = (self.core.lease(), Instant::now());
         let message = wire::WaitRequest {
@@ -340,6 +346,12 @@ impl Caller {
         let _in_time = time::timeout(timeout, proof).await;
         lease.standing().report(id)
     }
+}
+
+/// No daemon can be asked how.
+fn ended_with_its_daemon(report: &Report) -> bool {
+    let gone = report.failure.as_ref().is_some_and(|failure| failure.reason == Reason::OwnDaemonGone);
+    report.outcome == Outcome::Failed && gone
 }
 
 /// The daemon leaves, and nothing of the transfer was sent.

@@ -35,6 +35,26 @@ struct State {
     ended: VecDeque<(TransferId, Report)>,
 }
 
+/// What is known of a transfer without asking a daemon.
+#[derive(Debug)]
+pub(crate) enum Known {
+    /// How it ended.
+    Ended(Report),
+    /// The lease that carried it ended before it did.
+    Lost(Arc<Lease>),
+    /// It is the daemon's to tell.
+    Nothing,
+}
+
+impl State {
+    fn remember(&mut self, report: Report) {
+        if self.ended.len() == MOST_ENDED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back((report.id, report));
+    }
+}
+
 impl Unsettled {
     /// The report of a transfer that the lease's daemon knew as `id`. An UNSETTLED one is remembered, unless the
     /// proof is there by now: then this is how it ended. Of any other this was the end.
@@ -78,29 +98,37 @@ impl Unsettled {
         self.news.notify_one();
     }
 
-    /// Takes those whose daemon is proven gone.
-    pub(crate) fn take_settled(&self) -> Vec<TransferId> {
+    /// Those whose daemon is proven gone have ended by that: `report` makes the end of each, of the id that the daemon
+    /// knew. In one step, so that whoever asks meanwhile finds a transfer waiting, or ended.
+    pub(crate) fn settle(&self, report: impl Fn(TransferId) -> Report) -> Vec<Report> {
         let gone = |lease: &Lease| lease.ending().is_some() && lease.standing() == Verdict::Exited;
-        self.lock().waiting.extract_if(|_, lease| gone(lease)).map(|(id, _)| id).collect()
+        let mut state = self.lock();
+        let settled: Vec<Report> =
+            state.waiting.extract_if(|_, lease| gone(lease)).map(|(id, _)| report(id)).collect();
+        settled.iter().for_each(|report| state.remember(report.clone()));
+        settled
     }
 
     /// Remembers an end that no daemon can be asked about.
     pub(crate) fn ended(&self, report: Report) {
-        let mut state = self.lock();
-        if state.ended.len() == MOST_ENDED {
-            state.ended.pop_front();
+        self.lock().remember(report);
+    }
+
+    /// Submitted once more under an id of the caller's own: how it ended before is not how it ends now.
+    pub(crate) fn begins_again(&self, id: TransferId) {
+        self.lock().ended.retain(|(ended, _)| *ended != id);
+    }
+
+    /// What is known here of a transfer, by the caller's id and by the one that the daemon knows.
+    pub(crate) fn find(&self, id: TransferId, current: TransferId) -> Known {
+        let state = self.lock();
+        if let Some((_, report)) = state.ended.iter().rev().find(|(ended, _)| *ended == id) {
+            return Known::Ended(report.clone());
         }
-        state.ended.push_back((report.id, report));
-    }
-
-    /// How a transfer ended, by the caller's id.
-    pub(crate) fn end_of(&self, id: TransferId) -> Option<Report> {
-        self.lock().ended.iter().rev().find(|(ended, _)| *ended == id).map(|(_, report)| report.clone())
-    }
-
-    /// The lease that carried a transfer, if it has ended before the transfer did.
-    pub(crate) fn lost_with(&self, id: TransferId) -> Option<Arc<Lease>> {
-        self.lock().waiting.get(&id).filter(|lease| lease.ending().is_some()).cloned()
+        match state.waiting.get(&current).filter(|lease| lease.ending().is_some()) {
+            Some(lease) => Known::Lost(lease.clone()),
+            None => Known::Nothing,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -110,8 +138,42 @@ impl Unsettled {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
+
     use super::*;
-    use crate::{Failure, Reason, lease::tests::lease};
+    use crate::{
+        Failure, Reason,
+        lease::{
+            Ending,
+            tests::{lease, lost},
+        },
+    };
+
+    /// Whoever waits for a transfer whose daemon goes is never told that there is no such transfer.
+    #[test]
+    fn a_transfer_that_ends_with_its_daemon_is_known_all_along() {
+        let (unsettled, id) = (Unsettled::default(), TransferId([1; 16]));
+        let (end, lease) = lost(0);
+        unsettled.note(
+            id,
+            &lease,
+            Report::untold(id, Outcome::Unsettled, Failure::new(Reason::Deadline, "")),
+        );
+        assert!(matches!(unsettled.find(id, id), Known::Nothing), "its daemon lives");
+        end.send_replace(Some(Ending { cause: String::new(), silent: false }));
+        std::thread::scope(|scope| {
+            let settling = scope.spawn(|| {
+                assert!(unsettled.settle(|id| Verdict::Exited.report(id)).is_empty(), "nothing is proven");
+                lease.released.store(true, SeqCst);
+                unsettled.settle(|id| Verdict::Exited.report(id)).len()
+            });
+            while !settling.is_finished() {
+                assert!(!matches!(unsettled.find(id, id), Known::Nothing));
+            }
+            assert_eq!(settling.join().unwrap(), 1);
+        });
+        assert!(matches!(unsettled.find(id, id), Known::Ended(report) if report.outcome == Outcome::Failed));
+    }
 
     #[test]
     fn a_transfer_ends_once() {

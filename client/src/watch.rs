@@ -115,11 +115,8 @@ fn translate(core: &Core, lease: &Lease, message: wire::EngineEvent) -> Option<E
 pub(crate) async fn orphans(core: &Core, events: &Fanout) {
     loop {
         core.unsettled.orphaned().await;
-        for piece in core.unsettled.take_settled() {
-            let batch = core.cuts.batch_of(piece);
-            core.cuts.end(batch);
-            let report = Verdict::Exited.report(batch);
-            core.unsettled.ended(report.clone());
+        for report in core.unsettled.settle(|piece| Verdict::Exited.report(core.cuts.batch_of(piece))) {
+            core.cuts.end(report.id);
             events.send(&Event::TransferSettled(report));
         }
         time::sleep(PROOF_LOOK).await;

@@ -110,8 +110,9 @@ async fn both_kinds_are_reached_at_the_engine_s_addresses() {
     assert_eq!(node.driver.seen().live, 0);
 }
 
+/// G1: whichever of the driver calls it is that fails.
 #[tokio::test]
-async fn a_registration_that_fails_leaves_nothing() {
+async fn g1_a_registration_that_fails_leaves_nothing() {
     for failing in 0..3 {
         let node = Node::new(Behaviour { fail_at: Some(failing), ..Behaviour::default() });
         let requests = [shared(0..1), shared(1..2), shared(2..3)];

@@ -4,7 +4,7 @@ use std::mem::take;
 
 use super::rig::*;
 use crate::{
-    domain::{Op, Outcome, Reason},
+    domain::{Failure, Op, Outcome, Reason},
     policy::RetryPolicy,
     session::outbound::{Event, Opened, Policy, State},
     transport::{LaneKind, LaneRecord},
@@ -167,6 +167,39 @@ fn i2_accept_does_not_stand_in_for_the_own_end() {
     assert_eq!(rig.parts(), [(1, 0)]);
 }
 
+/// E2: a part that never completes costs its lane; what keeps a lane is that bytes move on it.
+#[test]
+fn e2_a_part_that_never_completes_retires_its_lane_once() {
+    let (mut rig, lane) = Rig::with_lane();
+    rig.write(1, 2);
+    rig.parts();
+    rig.pass(ms(9000));
+    rig.feed(Event::Moved(lane, 1 << 20));
+    rig.pass(ms(9000));
+    assert!(rig.closes.is_empty(), "bytes moved meanwhile");
+    rig.pass(ms(1000));
+    assert_eq!(take(&mut rig.closes), [lane]);
+    rig.pass(ms(5000));
+    assert!(rig.closes.is_empty() && rig.finished.is_empty(), "its owner has not spoken");
+    rig.dies(lane, record(1));
+    rig.wake();
+    rig.open_lane();
+    assert_eq!(rig.parts(), [(1, 0), (1, 1)]);
+}
+
+/// E2: nobody but the timeout is named as the cause.
+#[test]
+fn e2_without_a_retry_the_timeout_is_what_the_transfer_ends_with() {
+    let (mut rig, lane) = Rig::with_lane();
+    rig.write_once(1, 1);
+    rig.pass(ms(10_000));
+    assert_eq!(take(&mut rig.closes), [lane]);
+    rig.closed(lane, Failure::plain(Reason::ProgressTimeout));
+    rig.feed(Event::LaneFenced(lane, record(1)));
+    rig.quiet();
+    assert_eq!(rig.failures(), [(1, Reason::ProgressTimeout)]);
+}
+
 /// I3: what a READ's target sent is not what arrived here.
 #[test]
 fn i3_a_targets_record_of_a_read_lane_counts_for_nothing() {
@@ -186,7 +219,7 @@ fn i3_a_targets_record_of_a_read_lane_counts_for_nothing() {
 fn a_refusal_that_only_the_record_tells_of_ends_the_transfer() {
     let (mut rig, lane) = Rig::with_lane();
     rig.write(1, 2);
-    let refused = vec![(3, crate::domain::Failure::plain(Reason::Revoked))];
+    let refused = vec![(3, Failure::plain(Reason::Revoked))];
     rig.dies(lane, LaneRecord { processed: 3, refused });
     rig.quiet();
     assert_eq!(rig.failures(), [(1, Reason::Revoked)]);
