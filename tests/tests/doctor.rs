@@ -77,10 +77,10 @@ fn is_root() -> bool {
     root
 }
 
-/// A daemon whose socket lies in a folder that all may enter.
-fn open_folder() -> (tempfile::TempDir, Daemon) {
+/// A daemon whose socket lies in a folder of this mode.
+fn in_folder(mode: u32) -> (tempfile::TempDir, Daemon) {
     let folder = tempfile::tempdir().unwrap();
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).unwrap();
     let daemon = Launch::new().unwrap().socket(folder.path().join("engine.sock")).start().unwrap();
     (folder, daemon)
 }
@@ -133,10 +133,10 @@ fn a_user_that_may_not_enter_or_write_or_speak() {
         command.uid(STRANGER).gid(STRANGER);
         report(command)
     };
-    let hidden = Daemon::start().unwrap();
+    let (_hidden_folder, hidden) = in_folder(0o700);
     as_stranger(hidden.socket()).assert_fails("socket", "may not look into", "enter the folder");
 
-    let (_folder, daemon) = open_folder();
+    let (_folder, daemon) = in_folder(0o755);
     let refused = as_stranger(daemon.socket());
     let owner = format!("(mode 0660, owner 0:{})", rustix::process::getegid().as_raw());
     refused.assert_fails("socket", &owner, "security.allow_uids");
