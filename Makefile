@@ -38,7 +38,7 @@ test: ## formatting, lints, every test, the docs (under 10 minutes from a fresh 
 test-full: ## the long cases, against the release build of the daemon
 	@tests/prepare.sh test-full
 	@$(MAKE) --no-print-directory release
-	KVFERRY_LONG=1 KVFERRYD_BIN=$(abspath $(TARGET_DIR))/release/kvferryd \
+	KVFERRY_LONG=1 KVFERRYD_BIN=$(abspath $(TARGET_DIR))/release/kvferryd KVFERRY_BIN=$(abspath $(KVFERRY)) \
 	  cargo test $(RUST) --test '*' -- --nocapture --test-threads=1
 	cargo test --locked -p kvferry-proto --features generate
 

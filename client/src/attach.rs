@@ -80,6 +80,8 @@ fn request(introduction: Introduction<'_>) -> wire::AttachRequest {
     wire::AttachRequest {
         key: seed.to_vec(),
         name: options.name.clone(),
+        gpu_id: options.gpu_id,
+        rail_map: options.rail_map.clone(),
         policy: options.policy.to_wire(),
         advertise_host: options.advertise_host.clone().unwrap_or_default(),
         preferred_port: port.unwrap_or_default().into(),

@@ -13,6 +13,7 @@ use crate::{
     event::Fanout,
     holder::{Holder, SUBMISSIONS, Submission},
     links::{Link, Links},
+    rails,
     submit::Order,
 };
 
@@ -40,7 +41,8 @@ struct Rest {
 }
 
 impl Attaching {
-    pub(crate) fn start(options: EngineOptions) -> Result<Self, Error> {
+    pub(crate) fn start(mut options: EngineOptions) -> Result<Self, Error> {
+        options.rail_map = options.rail_map.map(rails::inline).transpose()?;
         let events = Arc::new(Fanout::default());
         let (submissions, taken) = mpsc::channel(SUBMISSIONS);
         let (tell, attached) = oneshot::channel();

@@ -48,7 +48,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::NoDaemon`] when nobody answers at the socket, [`Error::Timeout`] after
-    /// [`attach_timeout`](EngineOptions::attach_timeout), [`Error::Refused`] with the daemon's reason.
+    /// [`attach_timeout`](EngineOptions::attach_timeout), [`Error::Refused`] with the daemon's reason, or for a
+    /// [`rail_map`](EngineOptions::rail_map) whose file cannot be read.
     pub fn attach(options: EngineOptions) -> Result<Self, Error> {
         Attaching::start(options)?.finish_blocking().map(|attachment| Self(Owned::new(attachment)))
     }

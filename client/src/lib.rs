@@ -72,6 +72,7 @@ mod options;
 mod orders;
 mod peers;
 mod pipe;
+mod rails;
 mod reattach;
 mod regions;
 mod revocations;

@@ -26,6 +26,14 @@ pub struct EngineOptions {
     pub transports: Vec<Path>,
     /// Host that peers know this engine by; `None`: the daemon's.
     pub advertise_host: Option<String>,
+    /// The GPU whose memory this engine moves, as its process numbers them; shown, and looked up in rail maps.
+    pub gpu_id: Option<u32>,
+    /// RDMA devices that may be used, as sglang writes them: a comma list (`mlx5_0,mlx5_1`), a JSON object from GPU to
+    /// comma list (`{"0": "mlx5_0", "1": "mlx5_1"}`), or the path of a `.json` file with such an object. The file is
+    /// read once, by this process. `None`: the daemon's configuration.
+    ///
+    /// A device that the node does not have is refused only where `transports` has rdma.
+    pub rail_map: Option<String>,
     /// Port wanted for the endpoint; `None`: any.
     pub preferred_port: Option<u16>,
     /// Attach again, with everything registered, when the daemon restarts, for as long as the engine lives.
@@ -61,6 +69,8 @@ impl Default for EngineOptions {
             policy: Policy::from_environment(variable),
             transports: Vec::new(),
             advertise_host: None,
+            gpu_id: None,
+            rail_map: None,
             preferred_port: None,
             reattach: true,
             attach_timeout: Duration::from_secs(10),

@@ -54,6 +54,14 @@ pub fn long() -> bool {
     std::env::var_os("KVFERRY_LONG").is_some_and(|value| value == "1")
 }
 
+/// The `kvferry` command of this build.
+///
+/// # Errors
+/// It was not built.
+pub fn kvferry() -> anyhow::Result<PathBuf> {
+    binary("kvferry", "KVFERRY_BIN", "kvferry-cli")
+}
+
 /// A binary of this build: beside the test binary, unless the variable names another.
 pub(crate) fn binary(name: &str, variable: &str, package: &str) -> anyhow::Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {

@@ -77,19 +77,26 @@ fn node_line(info: &NodeInfo) -> String {
 fn engine_table(engines: &[EngineInfo]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header(["engine", "name", "session id", "pid", "regions", "bytes", "active"]);
+    table.set_header(["engine", "name", "session id", "pid", "gpu", "rails", "regions", "bytes", "active"]);
     for engine in engines {
         table.add_row([
             engine.engine_id.to_string(),
             engine.name.clone(),
             engine.session_id.clone(),
             engine.pid.to_string(),
+            engine.gpu_id.map_or_else(|| "-".to_owned(), |gpu| gpu.to_string()),
+            rails(engine),
             engine.regions.to_string(),
             engine.region_bytes.to_string(),
             engine.transfers_active.to_string(),
         ]);
     }
     table
+}
+
+/// What the engine may use, not what is there: a rail map is kept without rdma too.
+fn rails(engine: &EngineInfo) -> String {
+    if engine.rails.is_empty() { "any".to_owned() } else { engine.rails.join(" ") }
 }
 
 fn session_table(sessions: &[SessionInfo]) -> Table {
@@ -148,6 +155,8 @@ fn engine_json(engine: &EngineInfo) -> Value {
         "session_id": engine.session_id,
         "pid": engine.pid,
         "uid": engine.uid,
+        "gpu_id": engine.gpu_id,
+        "rails": engine.rails,
         "incarnation": hex(&engine.incarnation),
         "regions": engine.regions,
         "region_bytes": engine.region_bytes,
@@ -199,6 +208,18 @@ mod tests {
         assert_eq!(json["last_failure"], "PEER_SILENT: no life");
         let table = session_table(&[session]).to_string();
         assert!(table.contains("<- h:1") && table.contains("healthy"), "{table}");
+    }
+
+    #[test]
+    fn an_engine_shows_its_gpu_and_rails() {
+        let rails = vec!["mlx5_0".to_owned(), "mlx5_1".to_owned()];
+        let engine = EngineInfo { engine_id: 1, gpu_id: Some(3), rails, ..EngineInfo::default() };
+        let json = engine_json(&engine);
+        assert_eq!((&json["gpu_id"], &json["rails"]), (&3.into(), &json!(["mlx5_0", "mlx5_1"])));
+        let table = engine_table(&[engine, EngineInfo::default()]).to_string();
+        assert!(table.contains(" 3 ") && table.contains("mlx5_0 mlx5_1"), "{table}");
+        assert!(table.contains(" - ") && table.contains(" any "), "{table}");
+        assert_eq!(engine_json(&EngineInfo::default())["gpu_id"], Value::Null);
     }
 
     #[test]

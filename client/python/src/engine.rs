@@ -44,10 +44,16 @@ impl Engine {
 impl Engine {
     /// Attaches. The socket is KVFERRY_SOCKET, else /run/kvferry/engine.sock, unless given. Raises NoDaemonError with
     /// the path tried and what helps, RefusedError with the daemon's reason, NoAnswerError after `timeout` seconds.
+    ///
+    /// `rail_map` names the RDMA devices that may be used, as sglang's --disaggregation-ib-device does: a comma list, a
+    /// JSON object from GPU to comma list, in which `gpu_id` is looked up, or the path of a .json file with such an
+    /// object, which this process reads. Without one the daemon's configuration holds. A wrong one is refused with
+    /// BAD_ARGUMENT; a device that is not there only where `transports` has "rdma".
     #[staticmethod]
     #[pyo3(signature = (
         socket = None, *, name = None, attempts = None, backoff = None, failure_threshold = None, deadline = None,
-        transports = None, advertise_host = None, port = None, reattach = true, timeout = None,
+        transports = None, advertise_host = None, gpu_id = None, rail_map = None, port = None, reattach = true,
+        timeout = None,
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of the Python call")]
     fn attach(
@@ -60,6 +66,8 @@ impl Engine {
         deadline: Option<Seconds>,
         transports: Option<Vec<Transport>>,
         advertise_host: Option<String>,
+        gpu_id: Option<u32>,
+        rail_map: Option<String>,
         port: Option<u16>,
         reattach: bool,
         timeout: Option<Seconds>,
@@ -77,6 +85,8 @@ impl Engine {
             },
             transports: transports.unwrap_or_default().into_iter().map(|path| path.0).collect(),
             advertise_host,
+            gpu_id,
+            rail_map,
             preferred_port: port,
             reattach,
             attach_timeout: timeout.map_or(usual.attach_timeout, |limit| limit.0),

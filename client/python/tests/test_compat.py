@@ -165,6 +165,14 @@ class Beginnings(unittest.TestCase):
         self.assertIn("MC_FORCE_TCP=1", said)
         self.assertNotIn("AssertionError", said)
 
+    def test_a_device_that_is_not_there_stops_rdma_alone(self) -> None:
+        code = "assert T().initialize('127.0.0.1', 'P2PHANDSHAKE', 'rdma', 'nowhere_0,nowhere_1') == "
+        said = self.say(code + "-1", MC_FORCE_TCP="0")
+        self.assertIn("Invalid IB devices", said)
+        self.assertIn("MC_FORCE_TCP=1", said)
+        self.assertNotIn("AssertionError", said)
+        self.assertEqual(self.say(code + "0"), "")
+
     def test_a_host_where_nobody_listens_is_named(self) -> None:
         said = self.say("assert T().initialize('127.0.0.9', 'P2PHANDSHAKE', 'tcp', '') == -1")
         self.assertIn("SGLANG_HOST_IP", said)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -221,6 +222,27 @@ class Attachments(unittest.TestCase):
         self.assertEqual(str(nobody.exception.path), "/nowhere/engine.sock")
         self.assertIsInstance(nobody.exception, ConnectionError)
         self.assertIn("/nowhere/engine.sock", str(nobody.exception))
+
+    def test_rail_maps_are_taken_as_sglang_writes_them(self) -> None:
+        daemon = Daemon("23950-23959")
+        self.addCleanup(daemon.stop)
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            file.write('{"0": "nowhere_0", "1": "nowhere_1"}')
+            file.flush()
+            for gpu, rails in [(None, "nowhere_0,nowhere_1"), (1, '{"1": "nowhere_0"}'), (0, file.name)]:
+                kvferry.Engine.attach(daemon.socket, gpu_id=gpu, rail_map=rails).close()
+            for gpu, rails, says in [
+                (2, file.name, "No IB devices configured for GPU 2. Available GPUs: [0, 1]"),
+                (0, file.name + ".json", f"File {file.name}.json does not exist."),
+                (0, "", "No valid IB devices specified"),
+            ]:
+                with self.assertRaises(kvferry.RefusedError) as refused:
+                    kvferry.Engine.attach(daemon.socket, gpu_id=gpu, rail_map=rails)
+                self.assertEqual(refused.exception.reason, "BAD_ARGUMENT")
+                self.assertIn(says, str(refused.exception))
+        with self.assertRaises(kvferry.RefusedError) as refused:
+            kvferry.Engine.attach(daemon.socket, rail_map="nowhere_0", transports=["rdma"])
+        self.assertIn("Invalid IB devices", str(refused.exception))
 
     def test_a_closed_engine_says_so(self) -> None:
         daemon = Daemon("23200-23299")

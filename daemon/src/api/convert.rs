@@ -6,6 +6,7 @@ use ed25519_dalek::SigningKey;
 use kvferry_proto::{engine::v1 as wire, types::v1 as types};
 
 use crate::{
+    config::MAX_RAIL_MAP,
     convert::{self, BadField, bytes},
     domain::{
         AddressRange, Epoch, Failure, Incarnation, LayoutId, Op, Outcome, PeerHalf, Reason, Report,
@@ -13,7 +14,7 @@ use crate::{
     },
     engine::{AttachRequest, EngineEvent, EnginePolicy, KnownPeer, TransferOrder},
     memory::{FdShelf, LayoutRequest, RegionRequest, Source},
-    policy::{RevocationList, TOMBSTONES, TagRevoked},
+    policy::{RailMap, RevocationList, TOMBSTONES, TagRevoked},
     session::outbound::State,
     transfer::{pages::PageBatch, run::Request},
 };
@@ -53,6 +54,8 @@ pub(super) fn attach(request: wire::AttachRequest) -> Result<AttachRequest, Fail
     Ok(AttachRequest {
         key,
         name: text("name", request.name)?,
+        gpu_id: request.gpu_id,
+        rail_map: request.rail_map.map(|map| rail_map(&map)).transpose()?,
         policy: policy(request.policy)?,
         labels: labels?,
         advertise_host: (!host.is_empty()).then_some(host),
@@ -91,6 +94,14 @@ fn revocations(told: wire::Revocations) -> Result<RevocationList, Failure> {
         ranges: told.ranges.into_iter().enumerate().map(revoked).collect::<Result<_, Failure>>()?,
         tags: told.tombstones.into_iter().map(tombstone).collect::<Result<_, BadField>>()?,
     })
+}
+
+fn rail_map(text: &str) -> Result<RailMap, Failure> {
+    if text.len() > MAX_RAIL_MAP {
+        let long = format!("{} bytes where at most {MAX_RAIL_MAP} are taken", text.len());
+        return Err(BadField::new("rail_map", long).into());
+    }
+    RailMap::parse(text).map_err(|error| error.of("rail_map"))
 }
 
 fn known_peer(peer: wire::KnownPeer) -> Result<KnownPeer, BadField> {
@@ -352,6 +363,9 @@ mod tests {
         names(wire::AttachRequest { key: vec![1; 31], ..good.clone() }, "key");
         names(wire::AttachRequest { preferred_port: 70_000, ..good.clone() }, "preferred_port");
         names(wire::AttachRequest { transports: vec![99], ..good.clone() }, "transports");
+        for map in ["", "{}", "/etc/passwd.json", "mlx5_0,".repeat(4096).as_str()] {
+            names(wire::AttachRequest { rail_map: Some(map.to_owned()), ..good.clone() }, "rail_map");
+        }
 
         let handing = |revocations| wire::AttachRequest { revocations: Some(revocations), ..good.clone() };
         let tombstones = vec![wire::Tombstone { tag: vec![1; 15], age_ms: 1 }];

@@ -38,6 +38,8 @@ pub(super) fn engine(engine: &Engine) -> wire::EngineInfo {
         region_bytes,
         transfers_active: engine.log.active() as u64,
         epoch: engine.memory.revocations().epoch().0,
+        gpu_id: engine.gpu_id,
+        rails: engine.rails.clone(),
     }
 }
 

@@ -89,6 +89,8 @@ impl AdminSource for Source {
                     "name": engine.name,
                     "session_id": engine.session_id.as_str(),
                     "pid": engine.caller.pid,
+                    "gpu_id": engine.gpu_id,
+                    "rails": engine.rails,
                     "regions": regions,
                     "region_bytes": region_bytes,
                     "transfers_active": engine.log.active(),

@@ -18,7 +18,7 @@ use crate::{
     },
     config::{Config, LockMode, Security},
     domain::BootId,
-    engine::{Node, Resources},
+    engine::{Node, RailSettings, Resources},
     kernel,
     memory::{LockPolicy, RegionDriver, Registrar},
     peer::{PortSettings, Ports},
@@ -30,7 +30,7 @@ use crate::{
 /// Calls that may wait for the registrar.
 const REGISTRAR_QUEUE: usize = 1024;
 
-/// Why the daemon does not start. Exit code 3, but for `Secret` (2) and `Internal` (70).
+/// Why the daemon does not start. Exit code 3, but for `Secret` and `RailMap` (2) and `Internal` (70).
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A Unix socket cannot be had.
@@ -60,6 +60,9 @@ pub enum StartError {
         /// What is wrong.
         wrong: String,
     },
+    /// The rail map changed for the worse since it was validated.
+    #[error("rdma.rail_map: {0}")]
+    RailMap(String),
     /// A thread or a descriptor could not be had.
     #[error("{doing}: {source}")]
     Internal {
@@ -75,7 +78,7 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Socket(_) | Self::Admin { .. } | Self::StateDir { .. } => 3,
-            Self::Secret { .. } => 2,
+            Self::Secret { .. } | Self::RailMap(_) => 2,
             Self::Internal { .. } => 70,
         }
     }
@@ -89,10 +92,11 @@ pub(super) async fn start(config: Config, driver: Arc<dyn RegionDriver>) -> Resu
     kernel::raise_descriptor_limit();
     // Before anything is bound: it is configuration.
     let secret = read_secret(&config.security)?;
+    let rails = RailSettings::new(config.rdma.rail_map().map_err(StartError::RailMap)?);
     let state_dir = StateDir::open(&config.endpoint.state_dir, config.restart.predecessor()).await?;
     let engines = socket::bind(&config.endpoint.socket)?;
     let fds = socket::bind(&config.endpoint.fd_socket())?;
-    let node = Node::new(resources(config, &state_dir, secret, driver)?);
+    let node = Node::new(resources(config, &state_dir, secret, rails, driver)?);
     let config = &node.resources.config;
     let admin = config.admin.address().map(|address| start_admin(address, &node)).transpose()?;
 
@@ -118,6 +122,7 @@ fn resources(
     config: Config,
     state_dir: &StateDir,
     secret: Option<Secret>,
+    rails: RailSettings,
     driver: Arc<dyn RegionDriver>,
 ) -> Result<Resources, StartError> {
     let lock = match config.registration.lock {
@@ -153,6 +158,7 @@ fn resources(
         carriers: Arc::new(carriers),
         copies: Arc::new(copies),
         ports,
+        rails,
         metrics,
     })
 }

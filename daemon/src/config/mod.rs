@@ -9,6 +9,7 @@
 mod error;
 mod flags;
 mod layers;
+mod rails;
 mod schema;
 mod validate;
 mod values;
@@ -17,8 +18,9 @@ use std::ffi::OsString;
 
 pub use error::{ConfigError, Problem};
 pub use flags::Flags;
+pub use rails::MAX_RAIL_MAP;
 pub use schema::{
-    Admin, Config, Control, Drain, Endpoint, Fence, Limits, Local, Log, Memory, Process, Registration,
+    Admin, Config, Control, Drain, Endpoint, Fence, Limits, Local, Log, Memory, Process, Rdma, Registration,
     Restart, Retry, Security, Session, Tcp,
 };
 pub use values::{LockMode, LogFormat, PortRange, ProcessMode, Transport};

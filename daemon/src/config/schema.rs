@@ -55,6 +55,8 @@ section! {
         tcp: Tcp = Tcp::default(),
         /// Copies within the node.
         local: Local = Local::default(),
+        /// RDMA devices.
+        rdma: Rdma = Rdma::default(),
         /// Bounds.
         limits: Limits = Limits::default(),
         /// Who may talk to the daemon.
@@ -183,6 +185,14 @@ section! {
     Local {
         /// Threads that copy.
         threads: usize = 2,
+    }
+}
+
+section! {
+    /// RDMA devices.
+    Rdma {
+        /// Those of engines that bring no rail map; empty = any.
+        rail_map: String = String::new(),
     }
 }
 

@@ -109,7 +109,7 @@ fn an_unknown_key_is_named_with_its_origin() {
     for (text, key) in [
         ("[retry]\natempts = 3", "retry.atempts"),
         ("[retri]\nattempts = 3", "retri.attempts"),
-        ("[rdma]", "rdma"),
+        ("[rdmx]", "rdmx"),
         ("attempts = 3", "attempts"),
         ("retry = 3", "retry"),
         ("[retry.attempts]\nmore = 3", "retry.attempts.more"),
@@ -180,6 +180,10 @@ fn a_value_that_cannot_be_is_named_with_its_origin() {
         ("[admin]\nlisten = \"9464\"", "admin.listen"),
         ("[admin]\nlisten = \"0.0.0.0:9464\"", "admin.listen"),
         ("[log]\nfilter = \"kvferryd=loud\"", "log.filter"),
+        ("[rdma]\nrail_map = \" \"", "rdma.rail_map"),
+        ("[rdma]\nrail_map = '{0: \"mlx5_0\"}'", "rdma.rail_map"),
+        ("[rdma]\nrail_map = '{\"0\": 3}'", "rdma.rail_map"),
+        ("[rdma]\nrail_map = \"/no/such/rails.json\"", "rdma.rail_map"),
     ] {
         let problems = problems_of(text);
         assert_eq!(
@@ -194,6 +198,39 @@ fn a_value_that_cannot_be_is_named_with_its_origin() {
 fn the_longest_socket_path_fits() {
     let longest = format!("/{}", "s".repeat(103));
     Config::load(&flags(&["--socket", &longest]), []).expect("104 bytes and .fd make 107");
+}
+
+/// Which devices there are is another matter: the configuration may be checked on another machine.
+#[test]
+fn a_rail_map_may_be_a_list_a_map_or_a_file() {
+    let load = |value: &str| {
+        let environment = environment(&[("KVFERRYD__RDMA__RAIL_MAP", value)]);
+        Config::load(&flags(&[]), environment).map(|config| config.rdma.rail_map().expect("validated"))
+    };
+    assert_eq!(load("").expect("none"), None);
+    assert!(load("mlx5_0, mlx5_1").expect("a list").is_some_and(|map| !map.is_by_gpu()));
+    assert!(load(r#"{"0": "mlx5_0", "1": "mlx5_1"}"#).expect("a map").is_some_and(|map| map.is_by_gpu()));
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("rails.json");
+    let name = path.display().to_string();
+    fs::write(&path, "{\"0\": \"mlx5_0\"}\n").expect("the file is written");
+    assert!(load(&format!(" {name} ")).expect("a file").is_some_and(|map| map.is_by_gpu()));
+
+    for (content, says) in [
+        ("{0: 1}", format!("Failed to parse JSON content from file {name}: ")),
+        (
+            "[\"mlx5_0\"]",
+            format!("{name}: Invalid format: expected a mapping from GPU id to IB device string"),
+        ),
+        (" ".repeat(20_000).as_str(), format!("{name}: a rail map of 20000 bytes")),
+    ] {
+        fs::write(&path, content).expect("the file is written");
+        let error = load(&name).expect_err("refused").to_string();
+        let expected = format!("rdma.rail_map (from KVFERRYD__RDMA__RAIL_MAP): {says}");
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    let error = load(&folder.path().join("none.json").display().to_string()).expect_err("refused");
+    assert!(error.to_string().ends_with("none.json does not exist."), "{error}");
 }
 
 #[test]

@@ -157,6 +157,9 @@ fn rest(config: &Config, check: &mut Check<'_>) {
     check.require(!reachable || config.security.insecure, "admin.listen", || {
         format!("{listen} is not loopback and asks for no password; security.insecure = true accepts that")
     });
+    if let Err(wrong) = config.rdma.rail_map() {
+        check.require(false, "rdma.rail_map", || wrong);
+    }
     if let Err(error) = EnvFilter::builder().parse(&config.log.filter) {
         check.require(false, "log.filter", || error.to_string());
     }

@@ -91,6 +91,7 @@ impl Node {
         let resources = &self.resources;
         let config = &resources.config;
         // Before the endpoint listens: no peer meets it without its past.
+        let rails = resources.rails.of(&request)?;
         let memory = self.memory_for(caller, request.revocations)?;
         register_probe_region(&memory).await?;
         let allowed = allowed(&config.paths(), &request.transports)?;
@@ -148,6 +149,8 @@ impl Node {
             id: self.next_id(),
             incarnation,
             name: request.name,
+            gpu_id: request.gpu_id,
+            rails,
             session_id,
             token: Incarnation::random().0,
             caller,

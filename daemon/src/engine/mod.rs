@@ -8,6 +8,7 @@ mod calls;
 mod events;
 mod node;
 mod outcomes;
+mod rails;
 mod request;
 mod revoke;
 
@@ -25,6 +26,7 @@ pub use attach::Lease;
 pub use calls::{ProbeResult, SessionView, TransferOrder};
 pub use events::{EngineEvent, EventQueue};
 pub use node::{Node, Resources};
+pub use rails::RailSettings;
 pub use request::{AttachRequest, Caller, EnginePolicy, KnownPeer};
 pub use revoke::{Arrival, Revocation, Revoked};
 
@@ -49,6 +51,10 @@ pub struct Engine {
     pub incarnation: Incarnation,
     /// For people.
     pub name: String,
+    /// Its GPU, as its process numbers them.
+    pub gpu_id: Option<u32>,
+    /// RDMA devices that it may use, best first; none: any.
+    pub rails: Vec<String>,
     /// How others address it.
     pub session_id: SessionId,
     /// What its calls carry.

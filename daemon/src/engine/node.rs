@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use super::{Engine, EngineToken};
+use super::{Engine, EngineToken, RailSettings};
 use crate::{
     config::Config,
     domain::{BootId, EngineId, Failure, Incarnation, Reason, TransferId},
@@ -48,6 +48,8 @@ pub struct Resources {
     pub copies: Arc<CopyPool>,
     /// Endpoint ports.
     pub ports: Ports,
+    /// RDMA devices, and who may use which.
+    pub rails: RailSettings,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }

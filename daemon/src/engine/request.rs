@@ -6,7 +6,7 @@ use ed25519_dalek::SigningKey;
 
 use crate::{
     domain::{Incarnation, PathKind, SessionId},
-    policy::{HealthPolicy, RetryPolicy, RevocationList},
+    policy::{HealthPolicy, RailMap, RetryPolicy, RevocationList},
 };
 
 /// Who is at the other end of the Unix socket, by the kernel's word.
@@ -66,6 +66,10 @@ pub struct AttachRequest {
     pub key: SigningKey,
     /// For people.
     pub name: String,
+    /// Its GPU, as its process numbers them.
+    pub gpu_id: Option<u32>,
+    /// The RDMA devices it brings; nothing: those of the daemon's configuration.
+    pub rail_map: Option<RailMap>,
     /// Its own settings.
     pub policy: EnginePolicy,
     /// Free text of its own.

@@ -1,4 +1,4 @@
-//! Decisions: retry, health, reconnecting, routes, revocations, liveness and drain.
+//! Decisions: retry, health, reconnecting, routes, rails, revocations, liveness and drain.
 //!
 //! Everything here is pure: an event, the time and a random draw go in, a decision comes out. No clock, socket,
 //! task, lock, log or global, so that a simulation with its own clock runs exactly the code that production
@@ -16,6 +16,7 @@ mod health;
 mod jitter;
 #[cfg(test)]
 mod purity;
+mod rails;
 mod reconnect;
 mod retry;
 mod revocations;
@@ -25,6 +26,7 @@ pub use beat::{Beat, Judgement, judge};
 pub use disposition::{Disposition, Origin, Retry, disposition};
 pub use drain::{Drain, DrainStatus, StopRequest};
 pub use health::{FIRST_PROBE, Health, HealthChange, HealthPolicy, HealthState};
+pub use rails::{RailError, RailMap, RailQuery, Rails};
 pub use reconnect::{MAX_SPACING, Reconnect, ReconnectStep};
 pub use retry::{Attempts, RetryPolicy, Verdict};
 pub use revocations::{

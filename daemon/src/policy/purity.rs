@@ -7,8 +7,9 @@ use std::{
 
 const ALLOWED_STD: [&str; 5] = ["time", "fmt", "cmp", "collections", "ops"];
 
-/// The folder's own modules, those of `crate`, numbers, and what attributes and groups bring along.
-const ALLOWED_ROOTS: [&str; 18] = [
+/// The folder's own modules, those of `crate`, numbers, what turns text into values, and what attributes and groups bring
+/// along.
+const ALLOWED_ROOTS: [&str; 22] = [
     "super",
     "self",
     "domain",
@@ -20,6 +21,10 @@ const ALLOWED_ROOTS: [&str; 18] = [
     "drain",
     "health",
     "jitter",
+    "rails",
+    "serde",
+    "de",
+    "serde_json",
     "reconnect",
     "retry",
     "revocations",

@@ -7,9 +7,11 @@ pub struct AttachRequest {
     /// For people: shown in status and logs.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
+    /// The engine's GPU, as its own process numbers them.
     #[prost(uint32, optional, tag = "3")]
     pub gpu_id: ::core::option::Option<u32>,
-    /// As in design: a comma list, an inline JSON object or the path of a .json file.
+    /// RDMA devices: a comma list, or a JSON object from GPU to comma list. Not a path: who has a file sends its content,
+    /// because the daemon opens nothing that an engine names. Not given: the daemon's configuration.
     #[prost(string, optional, tag = "4")]
     pub rail_map: ::core::option::Option<::prost::alloc::string::String>,
     #[prost(message, optional, tag = "5")]
@@ -495,6 +497,11 @@ pub struct EngineInfo {
     pub transfers_active: u64,
     #[prost(uint64, tag = "10")]
     pub epoch: u64,
+    #[prost(uint32, optional, tag = "12")]
+    pub gpu_id: ::core::option::Option<u32>,
+    /// RDMA devices that it may use, best first; none: any.
+    #[prost(string, repeated, tag = "13")]
+    pub rails: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListRegionsRequest {

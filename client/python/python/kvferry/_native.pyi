@@ -96,6 +96,8 @@ class Engine:
         deadline: float | None = None,
         transports: Sequence[Transport] | None = None,
         advertise_host: str | None = None,
+        gpu_id: int | None = None,
+        rail_map: str | None = None,
         port: int | None = None,
         reattach: bool = True,
         timeout: float | None = None,

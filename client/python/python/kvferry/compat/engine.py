@@ -48,6 +48,7 @@ class TransferEngine:
 
         Any metadata server is accepted: the address is the identity. `protocol` is "tcp" or "rdma"; MC_FORCE_TCP=1
         makes it "tcp". An engine that asks for rdma and cannot have it is refused, never moved to tcp silently.
+        `device_name` is a comma list of RDMA devices; with "" the daemon's configuration decides.
         """
         if self._engine is not None:
             logger.error("initialize: this engine is attached already, as %s", self._engine.session_id)
@@ -60,9 +61,11 @@ class TransferEngine:
             logger.error('initialize: kvferry moves by "rdma" or "tcp", not by %r', protocol)
             return FAILED
         try:
-            engine = kvferry.Engine.attach(transports=transports, advertise_host=host, port=port)
+            engine = kvferry.Engine.attach(
+                transports=transports, advertise_host=host, port=port, rail_map=_rails(device_name)
+            )
         except kvferry.RefusedError as error:
-            if error.reason == "NO_PATH":
+            if transports == ["rdma"] and error.reason in ("NO_PATH", "BAD_ARGUMENT"):
                 logger.error(
                     "initialize: no rdma path on this node (%s). Set MC_FORCE_TCP=1 to move over tcp.", error
                 )
@@ -228,6 +231,11 @@ def _settled(engine: kvferry.Engine, session: str, report: kvferry.Report) -> kv
             logger.warning("transfer with %s: %s", session, error)
             time.sleep(1.0)
     return report
+
+
+def _rails(device_name: str | None) -> str | None:
+    """Callers say "" where they have nothing to say."""
+    return (device_name or "").strip() or None
 
 
 def _host_and_port(hostname: str) -> tuple[str, int | None]:
