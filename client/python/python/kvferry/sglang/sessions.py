@@ -1,0 +1,108 @@
+"""Which peers have failed, by kvferry's word. Pure but for its lock: events and replies in, verdicts out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+__all__ = ["DEAD", "SESSIONS_LIMIT", "Blacklist", "FailureCounts", "Sessions"]
+
+logger = logging.getLogger("kvferry.sglang")
+
+# Reasons of a transfer that speak against its session, and not only against the transfer.
+DEAD = frozenset({"SESSION_FAILED", "PEER_RESTARTED"})
+
+# Sessions whose recoveries are counted. Beyond it the one longest not heard of is counted from 0 again.
+SESSIONS_LIMIT = 4096
+
+Watcher = Callable[[str, bool], None]
+
+
+class Sessions:
+    """Told of both by replies and by events, which race: a reply from before a recovery must not undo it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._dead: dict[str, str] = {}
+        self._recoveries: OrderedDict[str, int] = OrderedDict()
+        self._watchers: list[Watcher] = []
+
+    def watch(self, watcher: Watcher) -> None:
+        """Calls `watcher(session, failed)` at every change from now on, on whatever thread learns of it."""
+        with self._lock:
+            self._watchers.append(watcher)
+
+    def began(self, session: str) -> int:
+        """To be handed to `failed` when the transfer that begins now has failed."""
+        with self._lock:
+            return self._recoveries.get(session, 0)
+
+    def failed(self, session: str, began: int, reason: str) -> None:
+        """A transfer has failed."""
+        if reason in DEAD:
+            self._set(session, reason, began)
+
+    def changed(self, session: str, state: str) -> None:
+        """The session's state, as the daemon tells it."""
+        if state == "FAILED":
+            self._set(session, "SESSION_FAILED", None)
+        elif state == "HEALTHY":
+            self.healed(session)
+
+    def healed(self, session: str) -> None:
+        """The peer answers."""
+        with self._lock:
+            self._recoveries[session] = self._recoveries.pop(session, 0) + 1
+            if len(self._recoveries) > SESSIONS_LIMIT:
+                self._recoveries.popitem(last=False)
+            was_dead = self._dead.pop(session, None)
+            watchers = list(self._watchers)
+        if was_dead:
+            for watcher in watchers:
+                watcher(session, False)
+
+    def reason(self, session: str) -> str | None:
+        """Why the session is dead; None if it is not."""
+        with self._lock:
+            return self._dead.get(session)
+
+    def _set(self, session: str, reason: str, began: int | None) -> None:
+        with self._lock:
+            if began is not None and self._recoveries.get(session, 0) != began:
+                return
+            news = session not in self._dead
+            self._dead[session] = reason
+            watchers = list(self._watchers)
+        if news:
+            logger.error("kvferry: session %s has failed (%s)", session, reason)
+            for watcher in watchers:
+                watcher(session, True)
+
+
+class Blacklist(set):
+    """sglang's `failed_sessions`. It adds whoever failed once; of them, this takes those that are dead."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        super().__init__()
+        self._sessions = sessions
+
+    def add(self, session: str) -> None:
+        if self._sessions.reason(session):
+            super().add(str(session))
+
+
+class FailureCounts(dict):
+    """sglang's `session_failures`. It blacklists, and says so, at a count of 1; only the dead get there."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        super().__init__()
+        self._sessions = sessions
+
+    def __missing__(self, session: str) -> int:
+        return 0
+
+    def __setitem__(self, session: str, failures: int) -> None:
+        if self._sessions.reason(session):
+            super().__setitem__(str(session), failures)

@@ -1,0 +1,580 @@
+"""sglang's plugin without sglang: its engine and what it decides, between two processes behind two daemons.
+
+The hooks against sglang's own classes: test_plugin_sglang.py.
+"""
+
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+import unittest
+from collections import defaultdict
+from importlib.metadata import entry_points
+from unittest import mock
+
+import numpy
+from daemons import Daemon, Program
+from proxy import Proxy
+
+from kvferry.sglang import hooks, known, prefill, wire
+from kvferry.sglang.decode import Decode, around_make_worker_recv
+from kvferry.sglang.engine import TransferEngine
+from kvferry.sglang.holds import Holds
+from kvferry.sglang.pages import RANGES_LIMIT, destinations
+from kvferry.sglang.sessions import Blacklist, Sessions
+from kvferry.sglang.settlement import Unproven
+
+POOL = 64 << 20
+PAGE = 16 << 10
+PAGES = POOL // PAGE
+
+# A prefill rank: attached as the plugin attaches it, then a line of Python per line of input.
+PREFILL = textwrap.dedent(
+    """
+    import sys, threading, time, numpy
+    from kvferry.sglang.engine import TransferEngine
+    from kvferry.sglang.wire import RoomSession
+    engine = TransferEngine("127.0.0.1", gpu_id=0)
+    page, pool = int(sys.argv[1]), numpy.zeros(int(sys.argv[2]), numpy.uint8)
+    engine.register(pool.ctypes.data, pool.nbytes)
+    codes = {}
+
+    def move(session, room, tag, target, pages):
+        to = RoomSession(session, room, bytes.fromhex(tag) if tag else None)
+        sources, targets = [pool.ctypes.data + at * page for at in pages], [target + at * page for at in pages]
+        return engine.batch_transfer_sync(to, sources, targets, [page] * len(sources))
+
+    def begin(key, *call):
+        thread = threading.Thread(target=lambda: codes.__setitem__(key, move(*call)), daemon=True)
+        thread.start()
+
+    def end(key):
+        while key not in codes:
+            time.sleep(0.001)
+        return codes.pop(key)
+
+    print(engine.session_id, flush=True)
+    for line in sys.stdin:
+        try:
+            print(eval(line), flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+    """
+)
+
+
+def environment(daemon: Daemon, **more: str) -> dict[str, str]:
+    return {"KVFERRY_SOCKET": str(daemon.socket), "MC_FORCE_TCP": "1", **more}
+
+
+class Prefill(Program):
+    def __init__(self, daemon: Daemon, **more: str) -> None:
+        known = {**os.environ, **environment(daemon, **more)}
+        super().__init__(PREFILL, str(PAGE), str(POOL), env=known, stderr=subprocess.DEVNULL)
+        self.session = self.line()
+
+
+class Manager:
+    """As much of a decode rank's manager as the hooks look at."""
+
+    enable_deferred_decode_kv_release = True
+
+    def __init__(self, engine: TransferEngine, pool: numpy.ndarray) -> None:
+        self.engine = engine
+        self.kv_args = types.SimpleNamespace(
+            kv_data_ptrs=[pool.ctypes.data],
+            kv_item_lens=[PAGE],
+            aux_data_ptrs=[],
+            aux_item_lens=[],
+            state_data_ptrs=[],
+            state_item_lens=[],
+        )
+
+
+class Room:
+    """A receiver of one prefill rank, driven through the hooks as sglang's methods are."""
+
+    def __init__(self, decode: Decode, manager: Manager, room: int) -> None:
+        self.decode, self.kv_mgr, self.bootstrap_room = decode, manager, room
+        self.message: list[bytes] = []
+
+    def publish(self, pages, *, answered: bool = True) -> str:
+        """The tag, in hexadecimal."""
+
+        def send_metadata(receiver, kv_indices, aux_index=None, state_indices=None):
+            message = [b"0", b"127.0.0.1", b"1", b"session", kv_indices.tobytes(), b"0", b"", b"1", b"0", b""]
+            receiver.message = receiver.decode.after_metadata_message(message)
+
+        indices = numpy.asarray(pages, numpy.int32)
+        self.decode.around_send_metadata(send_metadata, self, indices, 0)
+        tagged = wire.tagged(self.message)
+        if answered:
+            self.decode.holds.bound(wire.parse_bound(wire.bound(self.bootstrap_room, tagged)))
+        return tagged.tag.hex()
+
+    def abort(self) -> None:
+        self.decode.after_abort_notification(None, self)
+
+    def is_safe(self) -> bool:
+        return self.decode.around_release_safe(lambda *_: False, self.kv_mgr, self.bootstrap_room, 1)
+
+    def wait(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not self.is_safe():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def release(self) -> None:
+        self.decode.after_release(None, self.kv_mgr, self.bootstrap_room)
+
+
+class Aborts(unittest.TestCase):
+    """This process is the decode rank."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        logging.getLogger("kvferry").addHandler(logging.NullHandler())
+        cls.here, cls.there = Daemon("24000-24099"), Daemon("24100-24199")
+        slow = {"SGLANG_DISAGG_TRANSFER_RETRY_BACKOFF_MS": "2000"}
+        cls.prefill = Prefill(cls.there, **slow)
+        with mock.patch.dict(os.environ, environment(cls.here)), cls.saying() as said:
+            cls.engine = TransferEngine("127.0.0.1", gpu_id=1)
+        cls.said = said.output
+        cls.pool = numpy.zeros(POOL, numpy.uint8)
+        cls.engine.batch_register([cls.pool.ctypes.data], [cls.pool.nbytes])
+        cls.manager = Manager(cls.engine, cls.pool)
+        cls.decode = Decode(Holds(unbound_seconds=1.0))
+        cls.rooms = 0
+
+    @classmethod
+    def saying(cls):
+        return cls().assertLogs("kvferry.sglang", "INFO")
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.prefill.stop()
+        cls.engine._engine.close()
+        cls.here.stop()
+        cls.there.stop()
+
+    def setUp(self) -> None:
+        self.pool.fill(0)
+        self.prefill.ask("pool.fill(7)")
+
+    def room(self) -> Room:
+        type(self).rooms += 1
+        return Room(self.decode, self.manager, self.rooms)
+
+    def call(self, room: Room, tag: str | None, pages, session: str | None = None) -> str:
+        target = self.pool.ctypes.data
+        return f"{session or self.engine.session_id!r}, {room.bootstrap_room}, {tag!r}, {target}, {pages}"
+
+    def test_it_says_where_it_is(self) -> None:
+        (line,) = self.said
+        pattern = r"attached as 127\.0\.0\.1:\d+ to kvferryd \d+\.\d+\.\d+ \(pid \d+\), paths local tcp, GPU 1, rails None"
+        self.assertRegex(line, pattern)
+        self.assertEqual(self.engine.get_session_id(), self.engine.session_id)
+
+    def test_a_room_arrives(self) -> None:
+        room = self.room()
+        tag = room.publish([0, 1])
+        self.assertEqual(self.prefill.ask(f"move({self.call(room, tag, [0, 1])})"), "0")
+        self.assertEqual(int(self.pool.sum()), 7 * 2 * PAGE)
+        self.assertFalse(room.is_safe(), "nobody aborted it")
+
+    def test_aborted_pages_are_free_on_proof(self) -> None:
+        times, cut_short = [], 0
+        for number in range(21):
+            room = self.room()
+            tag = room.publish(range(PAGES))
+            self.prefill.ask(f"begin({number}, {self.call(room, tag, f'range({PAGES})')})")
+            time.sleep(0.003 + 0.001 * (number % 5))
+            begun = time.monotonic()
+            room.abort()
+            self.assertTrue(room.wait(10.0))
+            times.append(time.monotonic() - begun)
+            # They are another request's from now on.
+            self.pool.fill(99)
+            room.release()
+            self.assertFalse(room.is_safe(), "it is forgotten")
+            cut_short += self.prefill.ask(f"end({number})") == "-1"
+            self.assertEqual(self.prefill.ask(f"engine.unproven.take({room.bootstrap_room})"), "False")
+            self.assertTrue((self.pool == 99).all(), "a byte came late")
+        median = statistics.median(times)
+        print(f"released on proof: median {median * 1e3:.1f} ms, most {max(times) * 1e3:.1f} ms, {cut_short} of 21 cut")
+        self.assertLess(median, 0.1)
+        self.assertGreater(cut_short, 0, "none was in flight")
+        self.assertEqual(self.prefill.ask(f"engine.sessions.reason({self.engine.session_id!r})"), "None")
+
+    def test_the_next_chunk_after_a_lost_abort_moves_nothing(self) -> None:
+        room = self.room()
+        tag = room.publish(range(8))
+        self.assertEqual(self.prefill.ask(f"move({self.call(room, tag, [0, 1, 2, 3])})"), "0")
+        room.abort()
+        self.assertTrue(room.wait(10.0))
+        self.pool.fill(99)
+        room.release()
+        # Nobody told prefill.
+        self.assertEqual(self.prefill.ask(f"move({self.call(room, tag, [4, 5, 6, 7])})"), "-1")
+        self.assertTrue((self.pool == 99).all())
+        # The same room and pages, published again, are another matter.
+        again = Room(self.decode, self.manager, room.bootstrap_room)
+        other = again.publish(range(8))
+        self.assertNotEqual(other, tag)
+        self.assertEqual(self.prefill.ask(f"move({self.call(again, other, [4, 5, 6, 7])})"), "0")
+        self.assertEqual(int((self.pool == 7).sum()), 4 * PAGE)
+
+    def test_an_abort_reaches_a_transfer_that_backs_off(self) -> None:
+        proxy = Proxy(self.engine.session_id, cut_after=POOL // 4)
+        self.addCleanup(proxy.close)
+        room = self.room()
+        tag = room.publish(range(PAGES))
+        call = self.call(room, tag, f"range({PAGES})", proxy.session)
+        self.prefill.ask(f"begin('cut', {call})")
+        self.assertTrue(proxy.was_cut.wait(10.0))
+        cut = time.monotonic()
+        self.assertEqual(self.prefill.ask("'cut' in codes"), "False", "it was not to be given up")
+        room.abort()
+        self.assertTrue(room.wait(1.5))
+        self.pool.fill(99)
+        self.assertLess(time.monotonic() - cut, 1.9, "it should still back off")
+        room.release()
+        self.assertEqual(self.prefill.ask("end('cut')"), "-1")
+        self.assertEqual(self.prefill.ask(f"engine.unproven.take({room.bootstrap_room})"), "False")
+        self.assertTrue((self.pool == 99).all(), "a byte came late")
+
+    def test_without_the_peers_answer_sglangs_own_time_holds(self) -> None:
+        room = self.room()
+        room.publish(range(8), answered=False)
+        with self.assertLogs("kvferry.sglang", "WARNING") as said:
+            begun = time.monotonic()
+            room.abort()
+            self.assertTrue(room.wait(10.0))
+        self.assertGreater(time.monotonic() - begun, 1.0)
+        self.assertTrue(any("without this plugin" in line for line in said.output), said.output)
+        self.assertTrue(any("without proof" in line for line in said.output), said.output)
+        room.release()
+
+    def test_a_late_answer_is_proof_as_well(self) -> None:
+        room = self.room()
+        room.publish(range(8), answered=False)
+        room.abort()
+        self.assertFalse(room.wait(0.2))
+        self.decode.holds.bound(wire.parse_bound(wire.bound(room.bootstrap_room, wire.tagged(room.message))))
+        self.assertTrue(room.wait(0.2))
+        room.release()
+
+    def test_a_failed_registration_says_why(self) -> None:
+        taken = self.pool.ctypes.data
+        with self.assertRaisesRegex(RuntimeError, "overlap"):
+            self.engine.batch_register([taken + 10], [100])
+        with self.assertRaisesRegex(RuntimeError, "kvferry"):
+            self.engine.register(taken, 0)
+        self.assertEqual(self.engine.batch_deregister([1]), -3)
+        with self.assertRaises(RuntimeError):
+            self.engine.deregister(1)
+
+    def test_a_region_can_be_given_back_and_registered_again(self) -> None:
+        other = numpy.zeros(PAGE, numpy.uint8)
+        for _ in range(2):
+            self.engine.register(other.ctypes.data, other.nbytes)
+            self.engine.deregister(other.ctypes.data)
+
+    def test_what_mooncake_offers_beyond_it(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "Mooncake"):
+            self.engine.get_engine()
+        self.assertEqual(self.engine.engine.get_rpc_port(), int(self.engine.session_id.rsplit(":", 1)[1]))
+        self.assertEqual(self.engine.get_ib_device(), "kvferry:")
+        with self.assertRaisesRegex(TypeError, "KVFERRY_SGLANG"):
+            type("Ascend", (TransferEngine,), {})
+
+
+class Beginnings(unittest.TestCase):
+    def begin(self, host: str = "127.0.0.1", **more: str) -> TransferEngine:
+        with mock.patch.dict(os.environ, more):
+            return TransferEngine(host)
+
+    def test_no_daemon(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "/nowhere"):
+            self.begin(KVFERRY_SOCKET="/nowhere", MC_FORCE_TCP="1")
+
+    def test_a_path_that_nobody_has(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "MOONCAKE_PROTOCOL=efa"):
+            self.begin(MOONCAKE_PROTOCOL="efa", MC_FORCE_TCP="0")
+
+    def test_what_the_daemon_cannot_do(self) -> None:
+        daemon = Daemon("24200-24299")
+        self.addCleanup(daemon.stop)
+        with self.assertRaisesRegex(RuntimeError, "MC_FORCE_TCP=1"):
+            self.begin(KVFERRY_SOCKET=str(daemon.socket), MC_FORCE_TCP="0")
+        with self.assertRaisesRegex(RuntimeError, "SGLANG_HOST_IP"):
+            self.begin("127.0.0.9", **environment(daemon))
+
+    def test_not_enabled_it_imports_nothing(self) -> None:
+        (entry,) = entry_points(group="sglang.srt.plugins", name="kvferry")
+        self.assertEqual(entry.value, "kvferry.sglang:load")
+        code = (
+            "import sys; from importlib.metadata import entry_points;"
+            "(entry,) = entry_points(group='sglang.srt.plugins', name='kvferry'); entry.load()();"
+            "print(sorted({'sglang', 'torch', 'numpy', 'kvferry.sglang.hooks'} & set(sys.modules)))"
+        )
+        environ = {name: value for name, value in os.environ.items() if name != "KVFERRY_SGLANG"}
+        run = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        self.assertEqual((run.stdout.strip(), run.stderr), ("[]", ""))
+
+
+class Health(unittest.TestCase):
+    """This process is the prefill rank, with sglang's accounting of failures."""
+
+    def setUp(self) -> None:
+        logging.getLogger("kvferry").addHandler(logging.NullHandler())
+        self.here, self.there = Daemon("24300-24399"), Daemon("24400-24499")
+        self.addCleanup(self.here.stop)
+        self.addCleanup(self.there.stop)
+        self.decode = Prefill(self.there)
+        self.addCleanup(self.decode.stop)
+        with mock.patch.dict(os.environ, environment(self.here, SGLANG_DISAGG_TRANSFER_RETRIES="1")):
+            self.engine = TransferEngine("127.0.0.1")
+        self.addCleanup(self.engine._engine.close)
+        self.pool = numpy.zeros(PAGE, numpy.uint8)
+        self.engine.register(self.pool.ctypes.data, self.pool.nbytes)
+        self.target = int(self.decode.ask("pool.ctypes.data"))
+        self.session_lock = threading.Lock()
+        self.failed_sessions: set[str] = set()
+        self.session_failures: dict[str, int] = defaultdict(int)
+        prefill.adopt(self)
+
+    def _unblacklist_session(self, session: str) -> None:
+        self.failed_sessions.discard(session)
+        self.session_failures.pop(session, None)
+
+    def move(self) -> int:
+        """As `transfer_worker` does."""
+        session = wire.RoomSession(self.decode.session, 1, None)
+        code = self.engine.batch_transfer_sync(session, [self.pool.ctypes.data], [self.target], [PAGE])
+        if code != 0:
+            with self.session_lock:
+                self.session_failures[session] += 1
+                if self.session_failures[session] >= 1:
+                    self.failed_sessions.add(session)
+        return code
+
+    def eventually(self, is_so, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not is_so() and time.monotonic() < until:
+            time.sleep(0.002)
+        return is_so()
+
+    def test_nine_are_not_a_death_ten_are_and_healing_lifts_it(self) -> None:
+        session = self.decode.session
+        self.assertEqual(self.move(), 0)
+        self.there.kill()
+        for number in range(9):
+            self.assertEqual(self.move(), -1, number)
+            # A session that has failed is told at once, if it is told at all.
+            time.sleep(0.05)
+            self.assertNotIn(session, self.failed_sessions, number)
+        self.assertFalse(self.engine.unproven.take(1), "nothing was sent, so nothing is in doubt")
+        self.assertEqual(self.move(), -1)
+        self.assertTrue(self.eventually(lambda: session in self.failed_sessions, 2.0))
+        self.there.start()
+        self.assertTrue(self.eventually(lambda: session not in self.failed_sessions, 15.0))
+        self.assertEqual(self.move(), 0, "lifted means usable")
+
+    def test_nine_leave_the_session_usable(self) -> None:
+        self.assertEqual(self.move(), 0)
+        self.there.kill()
+        self.assertEqual([self.move() for _ in range(9)], [-1] * 9)
+        self.there.start()
+        self.assertTrue(self.eventually(lambda: self.engine.send_probe(self.decode.session) == 0, 15.0))
+        self.assertEqual(self.move(), 0)
+        self.assertEqual(self.failed_sessions, set())
+
+
+class Verdicts(unittest.TestCase):
+    def test_a_reply_from_before_a_recovery_changes_nothing(self) -> None:
+        sessions, seen = Sessions(), []
+        sessions.watch(lambda session, failed: seen.append((session, failed)))
+        began = sessions.began("a:1")
+        sessions.changed("a:1", "FAILED")
+        sessions.changed("a:1", "HEALTHY")
+        with self.assertNoLogs("kvferry.sglang", "ERROR"):
+            sessions.failed("a:1", began, "SESSION_FAILED")
+        self.assertIsNone(sessions.reason("a:1"))
+        self.assertEqual(seen, [("a:1", True), ("a:1", False)])
+
+    def test_only_what_speaks_against_the_session_does(self) -> None:
+        sessions = Sessions()
+        blacklist = Blacklist(sessions)
+        for reason in ("CONNECTION_LOST", "REVOKED", "DEADLINE", "OWN_DAEMON_GONE", ""):
+            sessions.failed("a:1", sessions.began("a:1"), reason)
+            blacklist.add("a:1")
+        self.assertEqual(blacklist, set())
+        with self.assertLogs("kvferry.sglang", "ERROR"):
+            sessions.failed("a:1", sessions.began("a:1"), "PEER_RESTARTED")
+        blacklist.add(wire.RoomSession("a:1", 3, None))
+        self.assertIs(type(blacklist.pop()), str)
+
+    def test_a_room_is_poisoned_for_want_of_proof_only(self) -> None:
+        manager = types.SimpleNamespace(engine=mock.Mock(spec=TransferEngine, unproven=Unproven(limit=2)))
+        poisoned = []
+        poison = lambda room: prefill.around_poison(lambda _, room: poisoned.append(room), manager, room)  # noqa: E731
+        manager.engine.unproven.note(1)
+        poison(1)
+        poison(2)
+        poison(1)
+        self.assertEqual(poisoned, [1])
+        with self.assertLogs("kvferry.sglang", "ERROR"):
+            for room in (3, 4, 5):
+                manager.engine.unproven.note(room)
+        poison(6)
+        self.assertEqual(poisoned, [1, 6], "what does not fit is remembered as everybody")
+        other = types.SimpleNamespace(engine=object())
+        prefill.around_poison(lambda _, room: poisoned.append(room), other, 7)
+        self.assertEqual(poisoned, [1, 6, 7], "other engines are none of its business")
+
+    def test_an_aborted_room_waits_for_all_of_it(self) -> None:
+        holds = Holds(unbound_seconds=1e9)
+        message = [b"1", b"ip", b"1", b"s", b"pages", b"0", b"", b"2", b"0", b""]
+        dummy = [*message[:4], b"", b"", *message[6:]]
+        first, second = (holds.open(5, mock.Mock(), lambda: None) for _ in range(2))
+        told = [wire.tagged(first.publish(frames)) for frames in (message, dummy, message)]
+        second.publish(message)
+        holds.abort(first)
+        first.settled = True
+        holds.bound(wire.Bound(5, told[0].tag, 0))
+        holds.bound(wire.Bound(5, told[0].tag, 1))
+        self.assertFalse(holds.is_proven(5), "the third rank has not answered")
+        holds.bound(wire.Bound(5, b"x" * 16, 2))
+        self.assertFalse(holds.is_proven(5), "an answer to something else")
+        holds.bound(wire.Bound(5, told[0].tag, 2))
+        self.assertTrue(holds.is_proven(5))
+        holds.abort(second)
+        self.assertFalse(holds.is_proven(5), "the room was used again, and aborted again")
+        holds.released(5)
+        holds.released(5)
+        self.assertFalse(holds.is_proven(5))
+        self.assertTrue(first.released and second.released)
+
+
+class Wire(unittest.TestCase):
+    MESSAGE = [b"%d" % number for number in range(wire.METADATA_FRAMES)]
+
+    def test_a_tag_travels_behind_what_sglang_reads(self) -> None:
+        message = wire.with_tag(self.MESSAGE, b"t" * 16, 70_000)
+        self.assertEqual(message[: len(self.MESSAGE)], self.MESSAGE)
+        self.assertEqual(set(message[len(self.MESSAGE) : -1]), {b""})
+        self.assertEqual(wire.tagged(message), (b"t" * 16, 70_000))
+
+    def test_anything_else_has_none(self) -> None:
+        message = wire.with_tag(self.MESSAGE, b"t" * 16, 1)
+        for other in (self.MESSAGE, message[:-1], [*message, b""], [*message[:-1], b"x"], [*message[:-1], message[-1] + b"x"]):
+            self.assertIsNone(wire.tagged(other))
+        self.assertEqual(wire.with_tag([b""] * 40, b"t" * 16, 1), [b""] * 40, "no room")
+
+    def test_answers(self) -> None:
+        self.assertEqual(wire.parse_bound(wire.bound(7, wire.Tagged(b"t" * 16, 3))), (7, b"t" * 16, 3))
+        for bad in ([wire.BOUND], [wire.BOUND, b"a", b"t" * 16, b"1"], [wire.BOUND, b"1", b"t", b"1"]):
+            self.assertIsNone(wire.parse_bound(bad))
+
+    def test_a_session_that_knows_its_room_is_the_session(self) -> None:
+        session = wire.RoomSession("10.0.0.1:20000", 5, b"t" * 16)
+        self.assertEqual({"10.0.0.1:20000": 1}[session], 1)
+        self.assertEqual((session.room, session.tag), (5, b"t" * 16))
+
+    def test_what_is_received(self) -> None:
+        """Answers are taken out; a publication is answered before the manager sees it; a bad one harms nobody."""
+        holds, sent = Holds(unbound_seconds=30.0), []
+        hold = holds.open(7, mock.Mock(), lambda: None)
+        publication = hold.publish([b"7", b"10.0.0.2", b"9000", *self.MESSAGE[3:]])
+        nonsense = [b"7", b"10.0.0.2", b"port", *publication[3:]]
+        registration = [b"None", *self.MESSAGE[1:]]
+        answer = wire.bound(7, wire.tagged(publication))
+        messages = iter([publication, answer, registration, nonsense, None])
+        manager = types.SimpleNamespace(
+            engine=mock.Mock(spec=TransferEngine),
+            transfer_infos={},
+            _send_multipart_locked=lambda endpoint, frames, is_ipv6: sent.append((endpoint, frames)),
+        )
+        receive = around_make_worker_recv(
+            lambda _manager, _socket: lambda: next(messages),
+            manager,
+            None,
+            holds=holds,
+            to_tcp=lambda host, port: (f"tcp://{host}:{port}", False),
+        )
+        with self.assertLogs("kvferry.sglang", "WARNING"):
+            received = [receive() for _ in range(5)]
+        self.assertEqual(received, [publication, None, registration, nonsense, None])
+        self.assertEqual(sent, [("tcp://10.0.0.2:9000", answer)])
+        self.assertTrue(hold.all_bound)
+
+
+class Pages(unittest.TestCase):
+    def args(self, **more):
+        usual = dict.fromkeys(("aux_data_ptrs", "aux_item_lens", "state_data_ptrs", "state_item_lens"), ())
+        return types.SimpleNamespace(**{**usual, "kv_data_ptrs": [1000, 9000], "kv_item_lens": [10, 20], **more})
+
+    def test_pages_of_every_pool_aux_and_state(self) -> None:
+        args = self.args(
+            aux_data_ptrs=[50], aux_item_lens=[4], state_data_ptrs=[[70_000, 80_000], [90_000]], state_item_lens=[[8, 2], [1]]
+        )
+        ranges = destinations(args, numpy.array([3, 1, 2, 7]), 5, [[2], None])
+        expected = [(70, 4), (1010, 30), (1070, 10), (9020, 60), (9140, 20), (70_016, 8), (80_004, 2)]
+        self.assertEqual(ranges, expected)
+
+    def test_neighbours_are_joined_and_nothing_is_nothing(self) -> None:
+        args = self.args(kv_data_ptrs=[0, 100], kv_item_lens=[10, 10])
+        self.assertEqual(destinations(args, numpy.arange(10), None, None), [(0, 200)])
+        self.assertEqual(destinations(args, numpy.array([], int), None, None), [])
+        self.assertEqual(destinations(args, numpy.array([0]), None, None, numpy.array([5])), [(0, 10), (50, 10), (100, 10), (150, 10)])
+
+    def test_scattered_pages_are_too_many(self) -> None:
+        args = self.args(kv_data_ptrs=[0], kv_item_lens=[10])
+        self.assertEqual(len(destinations(args, numpy.arange(0, 2 * RANGES_LIMIT, 2), None, None)), RANGES_LIMIT)
+        self.assertIsNone(destinations(args, numpy.arange(0, 2 * RANGES_LIMIT + 2, 2), None, None))
+
+
+class Guards(unittest.TestCase):
+    """The standard library stands for an sglang of some version."""
+
+    HERE = "textwrap.dedent"
+
+    def test_what_is_known_is_taken_and_what_is_not_is_refused_loudly(self) -> None:
+        part = hooks.Part("part", (), (self.HERE,), ("textwrap.indent",))
+        table = {path: known.digest(path) for path in (self.HERE, "textwrap.indent")}
+        with mock.patch.dict(known.SOURCES, {"0.5.23": table}), self.assertNoLogs("kvferry.sglang"):
+            self.assertTrue(hooks._is_known(part, []))
+        with mock.patch.dict(known.SOURCES, {"0.5.23": {self.HERE: table[self.HERE]}}):
+            with self.assertLogs("kvferry.sglang", "ERROR") as said:
+                self.assertFalse(hooks._is_known(part, []))
+        self.assertIn("textwrap.indent", said.output[0])
+        self.assertNotIn(self.HERE, said.output[0])
+
+    def test_a_part_without_what_it_needs_is_refused_loudly(self) -> None:
+        part = hooks.Part("part", ("engine",), (), ())
+        with self.assertLogs("kvferry.sglang", "ERROR") as said:
+            self.assertFalse(hooks._is_known(part, []))
+        self.assertIn("engine", said.output[0])
+        self.assertTrue(hooks._is_known(part, ["engine"]))
+
+    def test_what_is_not_there_has_no_digest(self) -> None:
+        self.assertIsNone(known.digest("textwrap.nothing"))
+        self.assertIsNone(known.digest("no_such_package.thing"))
+        self.assertEqual(known.strangers(["textwrap.nothing"]), ["textwrap.nothing"])
+
+    def test_every_path_has_a_hash_and_every_hash_a_path(self) -> None:
+        paths = {path for part in hooks.PARTS for path in (*part.hooked, *part.relies)}
+        for version, table in known.SOURCES.items():
+            self.assertEqual(set(table), paths, version)
+
+
+if __name__ == "__main__":
+    unittest.main()
