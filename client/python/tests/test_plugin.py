@@ -21,7 +21,8 @@ import numpy
 from daemons import Daemon, Program
 from proxy import Proxy
 
-from kvferry.sglang import hooks, known, prefill, wire
+import kvferry
+from kvferry.sglang import hooks, known, prefill, revoker, wire
 from kvferry.sglang.decode import Decode, around_make_worker_recv
 from kvferry.sglang.engine import TransferEngine
 from kvferry.sglang.holds import Holds
@@ -464,6 +465,83 @@ class Verdicts(unittest.TestCase):
         self.assertTrue(first.released and second.released)
 
 
+class Revoking(unittest.TestCase):
+    """An engine that answers as it is told."""
+
+    rooms = 0
+
+    def setUp(self) -> None:
+        type(self).rooms += 1
+        pauses = mock.patch.multiple(revoker, FIRST_PAUSE_SECONDS=0.01, LONGEST_PAUSE_SECONDS=0.02)
+        pauses.start()
+        self.addCleanup(pauses.stop)
+        self.holds = Holds(unbound_seconds=0.05)
+        self.revoker = revoker.Revoker()
+
+    def hold(self, answers, *, bound: bool = True, ranges=None):
+        engine = mock.Mock()
+        engine.revoke_tag.side_effect = answers
+        hold = self.holds.open(self.rooms, engine, lambda: ranges)
+        tagged = wire.tagged(hold.publish([b"1", b"ip", b"1", b"s", b"pages", b"0", b"", b"1", b"0", b""]))
+        if bound:
+            self.holds.bound(wire.Bound(self.rooms, *tagged))
+        self.holds.abort(hold)
+        self.revoker.submit(hold)
+        self.addCleanup(self.holds.released, self.rooms)
+        return hold
+
+    def soon(self, is_so) -> bool:
+        until = time.monotonic() + 5
+        while not is_so() and time.monotonic() < until:
+            time.sleep(0.002)
+        return is_so()
+
+    def test_it_asks_until_it_is_settled(self) -> None:
+        with self.assertLogs("kvferry.sglang", "WARNING") as said:
+            hold = self.hold([False, kvferry.NoDaemonError("gone"), True])
+            self.assertTrue(self.soon(lambda: hold.proven))
+        said = [line for line in said.output if f"room {self.rooms}" in line]
+        self.assertEqual((len(said), hold.engine.revoke_tag.call_count), (2, 3))
+        self.assertEqual(hold.engine.revoke.call_count, 0, "the tag does the work")
+
+    def test_others_do_not_wait_for_one_that_cannot_be_had(self) -> None:
+        with self.assertLogs("kvferry.sglang", "WARNING"):
+            for _ in range(20):
+                self.hold(lambda _: False)
+            hold = self.hold([True])
+            self.assertTrue(self.soon(lambda: hold.proven))
+
+    def test_a_full_table_leaves_it_to_sglangs_own_time(self) -> None:
+        failure = types.SimpleNamespace(reason="LIMIT")
+        with self.assertLogs("kvferry.sglang", "WARNING"):
+            hold = self.hold(lambda _: (_ for _ in ()).throw(kvferry.RefusedError("full", failure)))
+            self.assertTrue(self.soon(lambda: self.holds.is_overdue(self.rooms)))
+        self.assertFalse(hold.proven)
+
+    def test_a_daemon_that_is_gone_is_waited_for(self) -> None:
+        with self.assertLogs("kvferry.sglang", "WARNING"):
+            hold = self.hold(lambda _: (_ for _ in ()).throw(kvferry.NoDaemonError("gone")))
+            time.sleep(0.2)
+        self.assertFalse(hold.proven or self.holds.is_overdue(self.rooms))
+
+    def test_without_answers_the_pages_are_revoked_once_more_is_known(self) -> None:
+        with self.assertLogs("kvferry.sglang", "WARNING"):
+            hold = self.hold([True], bound=False, ranges=[(1000, 10)])
+            self.assertTrue(self.soon(lambda: hold.engine.revoke.called))
+        hold.engine.revoke.assert_called_once_with([(1000, 10)])
+        self.assertFalse(hold.proven, "what they begin later is not stopped")
+
+    def test_whoever_is_released_is_not_asked_for_any_more(self) -> None:
+        with self.assertLogs("kvferry.sglang", "WARNING"):
+            hold = self.hold(lambda _: False)
+            self.assertTrue(self.soon(lambda: hold.engine.revoke_tag.call_count > 1))
+        self.holds.released(self.rooms)
+        time.sleep(0.1)
+        calls = hold.engine.revoke_tag.call_count
+        time.sleep(0.2)
+        self.assertEqual(hold.engine.revoke_tag.call_count, calls)
+
+
 class Wire(unittest.TestCase):
     MESSAGE = [b"%d" % number for number in range(wire.METADATA_FRAMES)]
 
@@ -497,7 +575,8 @@ class Wire(unittest.TestCase):
         nonsense = [b"7", b"10.0.0.2", b"port", *publication[3:]]
         registration = [b"None", *self.MESSAGE[1:]]
         answer = wire.bound(7, wire.tagged(publication))
-        messages = iter([publication, answer, registration, nonsense, None])
+        messages = iter([publication, answer, registration, nonsense, None, publication])
+        elsewhere = [False, False, True]
         manager = types.SimpleNamespace(
             engine=mock.Mock(spec=TransferEngine),
             transfer_infos={},
@@ -508,12 +587,14 @@ class Wire(unittest.TestCase):
             manager,
             None,
             holds=holds,
-            to_tcp=lambda host, port: (f"tcp://{host}:{port}", False),
+            sglang=prefill.Sglang(
+                to_tcp=lambda host, port: (f"tcp://{host}:{port}", False), sends_aux_itself=lambda _: elsewhere.pop(0)
+            ),
         )
         with self.assertLogs("kvferry.sglang", "WARNING"):
-            received = [receive() for _ in range(5)]
-        self.assertEqual(received, [publication, None, registration, nonsense, None])
-        self.assertEqual(sent, [("tcp://10.0.0.2:9000", answer)])
+            received = [receive() for _ in range(6)]
+        self.assertEqual(received, [publication, None, registration, nonsense, None, publication])
+        self.assertEqual(sent, [("tcp://10.0.0.2:9000", answer)], "the last one has writes that no tag stops")
         self.assertTrue(hold.all_bound)
 
 

@@ -11,7 +11,7 @@ import numpy
 from kvferry.sglang import wire
 from kvferry.sglang.holds import Hold, Holds
 from kvferry.sglang.pages import destinations
-from kvferry.sglang.prefill import answer, is_ours
+from kvferry.sglang.prefill import Sglang, answer, is_ours
 from kvferry.sglang.revoker import Revoker
 
 __all__ = ["Decode", "around_make_worker_recv"]
@@ -22,7 +22,7 @@ logger = logging.getLogger("kvferry.sglang")
 _publishing: contextvars.ContextVar[Hold | None] = contextvars.ContextVar("kvferry_publishing", default=None)
 
 
-def around_make_worker_recv(original, self, *args, holds: Holds, to_tcp, **kwargs):
+def around_make_worker_recv(original, self, *args, holds: Holds, sglang: Sglang, **kwargs):
     """What both roles receive from their peers. Answers are ours alone: nobody else sees them."""
     receive = original(self, *args, **kwargs)
     if not is_ours(self):
@@ -38,7 +38,7 @@ def around_make_worker_recv(original, self, *args, holds: Holds, to_tcp, **kwarg
                 holds.bound(said)
             return None
         if hasattr(self, "transfer_infos"):
-            answer(self, message, to_tcp)
+            answer(self, message, sglang)
         return message
 
     return received

@@ -53,6 +53,8 @@ class Hold:
         # When, by time.monotonic().
         self.aborted_at: float | None = None
         self.settled = False
+        # The daemon will not revoke: its table of tags is full.
+        self.refused = False
         self.released = False
 
     def publish(self, message: list[bytes]) -> list[bytes]:
@@ -116,12 +118,14 @@ class Holds:
             return bool(holds) and all(hold.proven for hold in holds)
 
     def is_overdue(self, room: int) -> bool:
-        """Whether sglang itself would free the pages by now, and no proof will come: some rank has not answered."""
+        """Whether sglang itself would free the pages by now, and no proof is to be had: some rank has not answered, or
+        the daemon has refused. Where it may still come, the pages stay held."""
         until = time.monotonic() - self._unbound_seconds
         with self._lock:
             holds = self._aborted.get(room)
             return bool(holds) and all(
-                hold.proven or (not hold.all_bound and (hold.aborted_at or until) < until) for hold in holds
+                hold.proven or ((hold.refused or not hold.all_bound) and (hold.aborted_at or until) < until)
+                for hold in holds
             )
 
     def released(self, room: int) -> None:

@@ -148,7 +148,7 @@ def _hold_seconds():
 def _hooks(holds: Holds) -> dict[str, tuple[str, Callable[..., Any]]]:
     """For each path that is hooked: how, and by what."""
     on_decode = decode.Decode(holds)
-    receive = functools.partial(decode.around_make_worker_recv, holds=holds, to_tcp=_to_tcp)
+    receive = functools.partial(decode.around_make_worker_recv, holds=holds, sglang=prefill.Sglang(_to_tcp, _sends_aux_itself))
     return {
         f"{ENGINE}.MooncakeTransferEngine": ("replace", TransferEngine),
         f"{_MANAGER}.transfer_worker": ("around", prefill.around_transfer_worker),
@@ -185,3 +185,11 @@ def _to_tcp(host: str, port: int) -> tuple[str, bool]:
 
     address = NetworkAddress(host, port)
     return address.to_tcp(), address.is_ipv6
+
+
+def _sends_aux_itself(manager) -> bool:
+    """As `MooncakeKVManager.send_aux` decides."""
+    from sglang.srt.environ import envs
+
+    over_nvlink = manager.enable_custom_mem_pool and manager.custom_mem_pool_type == "NVLINK"
+    return over_nvlink or envs.SGLANG_MOONCAKE_SEND_AUX_TCP.get()

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import kvferry
 from kvferry.sglang import wire
 from kvferry.sglang.engine import TransferEngine
 from kvferry.sglang.sessions import Blacklist, FailureCounts
 
-__all__ = ["answer", "around_from_zmq", "around_poison", "around_transfer_worker", "after_registration", "is_ours"]
+__all__ = [
+    "Sglang",
+    "adopt",
+    "after_registration",
+    "answer",
+    "around_from_zmq",
+    "around_poison",
+    "around_transfer_worker",
+    "is_ours",
+]
 
 logger = logging.getLogger("kvferry.sglang")
 
@@ -79,16 +90,24 @@ def around_from_zmq(original, cls, msg: list[bytes]):
     return info
 
 
-def answer(manager, message: list[bytes], to_tcp) -> None:
-    """Tells decode that what is written for this publication will be tagged: `around_from_zmq` sees the message next.
+class Sglang(NamedTuple):
+    """What is asked of sglang's own modules."""
 
-    `to_tcp(host, port)` is a ZMQ endpoint and whether it is IPv6.
-    """
+    # A ZMQ endpoint of host and port, and whether it is IPv6.
+    to_tcp: Callable[[str, int], tuple[str, bool]]
+    # Whether the manager sends auxiliary data in messages, which the decode's process writes: no tag stops those.
+    sends_aux_itself: Callable[[Any], bool]
+
+
+def answer(manager, message: list[bytes], sglang: Sglang) -> None:
+    """Tells decode that what is written for this publication will be tagged: `around_from_zmq` sees the message next."""
     tagged = wire.tagged(message)
     if tagged is None or wire.is_dummy(message):
         return
     try:
-        endpoint, is_ipv6 = to_tcp(message[1].decode("ascii"), int(message[2]))
+        if sglang.sends_aux_itself(manager):
+            return
+        endpoint, is_ipv6 = sglang.to_tcp(message[1].decode("ascii"), int(message[2]))
         manager._send_multipart_locked(endpoint, wire.bound(int(message[0]), tagged), is_ipv6=is_ipv6)
     except Exception as error:
         # The thread is the one that hears of new rooms. Without the answer decode does as it does without the plugin.

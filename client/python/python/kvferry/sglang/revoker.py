@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 
+import kvferry
 from kvferry.sglang.holds import Hold
 
 __all__ = ["GIVE_UP_SECONDS", "Revoker"]
@@ -76,6 +77,7 @@ class Revoker:
                 return hold.settled
         except Exception as error:
             # Whatever it is: the pages stay held, and a thread that ended here would hold all later ones.
+            hold.refused = isinstance(error, kvferry.RefusedError)
             more = "for good" if is_last else "and will be tried again"
             logger.warning("kvferry: room %s: revoking failed, %s: %s", hold.room, more, error)
             return is_last
