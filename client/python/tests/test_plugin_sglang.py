@@ -82,6 +82,7 @@ class Pool:
         self.args.state_types, self.args.state_data_ptrs, self.args.state_data_lens = [], [], []
         self.args.state_item_lens, self.args.state_layer_ids = [], []
         self.args.engine_rank, self.args.page_size = 0, 1
+        self.args.prefill_start_layer, self.args.prefill_end_layer = 0, 1
 
     def pages(self, indices) -> numpy.ndarray:
         """Both buffers' bytes of these pages."""
@@ -322,6 +323,14 @@ class Rooms(unittest.TestCase):
         self.assertEqual(future.result(20), -1)
         self.assertFalse(self.target.bytes.any())
         self.decode.clear_deferred_abort_state(receiver.bootstrap_room)
+
+    def test_a_room_in_doubt_is_poisoned(self) -> None:
+        poisoned = self.prefill._deferred_ack_poisoned_rooms
+        self.prefill._poison_unsettled_send(1_000_001)
+        self.assertNotIn(1_000_001, poisoned)
+        self.prefill.engine.unproven.note(1_000_001)
+        self.prefill._poison_unsettled_send(1_000_001)
+        self.assertIn(1_000_001, poisoned)
 
     def test_a_failed_registration_ends_the_rank(self) -> None:
         with self.assertRaisesRegex(RuntimeError, "overlap"):

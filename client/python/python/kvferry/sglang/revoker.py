@@ -52,7 +52,8 @@ class Revoker:
     def _work(self) -> None:
         while True:
             attempts, hold = self._next()
-            if self._attempt(hold, attempts) or hold.released:
+            # What sglang has freed may be somebody else's: nothing more is done about it.
+            if hold.released or self._attempt(hold, attempts):
                 continue
             pause = min(FIRST_PAUSE_SECONDS * 2**attempts, LONGEST_PAUSE_SECONDS)
             with self._changed:
