@@ -18,8 +18,8 @@ from importlib.metadata import entry_points
 from unittest import mock
 
 import numpy
+from cutting_proxy import Proxy
 from daemons import Daemon, Program
-from proxy import Proxy
 
 import kvferry
 from kvferry.sglang import hooks, known, prefill, revoker, wire
