@@ -399,6 +399,35 @@ class Health(unittest.TestCase):
         self.assertEqual(self.failed_sessions, set())
 
 
+class DeadPeer(unittest.TestCase):
+    def test_one_room_waits_for_it_and_the_next_do_not(self) -> None:
+        logging.getLogger("kvferry").addHandler(logging.NullHandler())
+        here, there = Daemon("24700-24799"), Daemon("24800-24899")
+        self.addCleanup(here.stop)
+        self.addCleanup(there.stop)
+        decode = Prefill(there)
+        with mock.patch.dict(os.environ, environment(here)):
+            engine = TransferEngine("127.0.0.1")
+        self.addCleanup(engine._engine.close)
+        pool = numpy.zeros(PAGE, numpy.uint8)
+        engine.register(pool.ctypes.data, pool.nbytes)
+        target = int(decode.ask("pool.ctypes.data"))
+
+        def move() -> int:
+            return engine.batch_transfer_sync(decode.session, [pool.ctypes.data], [target], [PAGE])
+
+        self.assertEqual(move(), 0)
+        decode.process.kill()
+        decode.stop()
+        begun, moved = time.monotonic(), 0
+        while engine.sessions.reason(decode.session) is None and moved < 20:
+            self.assertEqual(move(), -1)
+            moved += 1
+        print(f"a dead decode has failed after {moved} rooms and {time.monotonic() - begun:.1f} s")
+        self.assertLess(time.monotonic() - begun, 10.0, "ten times the 5 s that one waits for a peer's return")
+        self.assertEqual(engine.sessions.reason(decode.session), "SESSION_FAILED")
+
+
 class Verdicts(unittest.TestCase):
     def test_a_reply_from_before_a_recovery_changes_nothing(self) -> None:
         sessions, seen = Sessions(), []

@@ -123,12 +123,14 @@ class TransferEngine:
                 lengths,
                 tag=getattr(session_id, "tag", None),
                 deadline=WRITE_SECONDS,
+                attempts=1 if self.sessions.is_doubted(session) else None,
             )
         except kvferry.Error as error:
             logger.error("room %s: nothing was moved to %s: %s", room, session, error)
             return FAILED
         report = settled(self._engine, session, report)
         if report.done:
+            self.sessions.done(session)
             return OK
         self.sessions.failed(session, known, report.failure.reason if report.failure else "")
         if not (report.settled and report.peer_confirmed):

@@ -7,14 +7,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
-__all__ = ["DEAD", "SESSIONS_LIMIT", "Blacklist", "FailureCounts", "Sessions"]
+__all__ = ["DEAD", "SESSIONS_LIMIT", "UNREACHABLE", "Blacklist", "FailureCounts", "Sessions"]
 
 logger = logging.getLogger("kvferry.sglang")
 
 # Reasons of a transfer that speak against its session, and not only against the transfer.
 DEAD = frozenset({"SESSION_FAILED", "PEER_RESTARTED"})
 
-# Sessions whose recoveries are counted. Beyond it the one longest not heard of is counted from 0 again.
+# Reasons for which a transfer was given up because nobody was there, for as long as one waits for a peer's return.
+UNREACHABLE = frozenset({"CONNECT_REFUSED", "CONNECT_TIMEOUT", "PEER_SILENT", "HANDSHAKE_FAILED"})
+
+# Sessions whose recoveries are counted, or who are doubted. Beyond it the one longest not heard of is forgotten.
 SESSIONS_LIMIT = 4096
 
 Watcher = Callable[[str, bool], None]
@@ -27,6 +30,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._dead: dict[str, str] = {}
         self._recoveries: OrderedDict[str, int] = OrderedDict()
+        self._doubted: OrderedDict[str, None] = OrderedDict()
         self._watchers: list[Watcher] = []
 
     def watch(self, watcher: Watcher) -> None:
@@ -39,8 +43,27 @@ class Sessions:
         with self._lock:
             return self._recoveries.get(session, 0)
 
+    def is_doubted(self, session: str) -> bool:
+        """Whether the last transfer was given up because nobody was there.
+
+        sglang sends one room after the other: if each waited as long for a decode that has died, ten of them would
+        hold up everybody's for as many times. So the first waits, and the next are tried once.
+        """
+        with self._lock:
+            return session in self._doubted
+
+    def done(self, session: str) -> None:
+        """A transfer has succeeded."""
+        with self._lock:
+            self._doubted.pop(session, None)
+
     def failed(self, session: str, began: int, reason: str) -> None:
         """A transfer has failed."""
+        if reason in UNREACHABLE:
+            with self._lock:
+                self._doubted[session] = None
+                if len(self._doubted) > SESSIONS_LIMIT:
+                    self._doubted.popitem(last=False)
         if reason in DEAD:
             self._set(session, reason, began)
 
@@ -57,6 +80,7 @@ class Sessions:
             self._recoveries[session] = self._recoveries.pop(session, 0) + 1
             if len(self._recoveries) > SESSIONS_LIMIT:
                 self._recoveries.popitem(last=False)
+            self._doubted.pop(session, None)
             was_dead = self._dead.pop(session, None)
             watchers = list(self._watchers)
         if was_dead:
