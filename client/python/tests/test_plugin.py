@@ -27,7 +27,7 @@ from kvferry.sglang.decode import Decode, around_make_worker_recv
 from kvferry.sglang.engine import TransferEngine
 from kvferry.sglang.holds import Holds
 from kvferry.sglang.pages import RANGES_LIMIT, destinations
-from kvferry.sglang.sessions import Blacklist, Sessions
+from kvferry.sglang.sessions import DEAD, UNREACHABLE, Blacklist, Sessions
 from kvferry.sglang.settlement import Unproven
 
 POOL = 64 << 20
@@ -451,6 +451,42 @@ class Verdicts(unittest.TestCase):
             sessions.failed("a:1", sessions.began("a:1"), "PEER_RESTARTED")
         blacklist.add(wire.RoomSession("a:1", 3, None))
         self.assertIs(type(blacklist.pop()), str)
+
+    def test_whoever_is_dead_is_known_by_its_reason_until_it_answers(self) -> None:
+        sessions, seen = Sessions(), []
+        sessions.watch(lambda session, failed: seen.append(failed))
+        for reason in sorted(DEAD):
+            with self.assertLogs("kvferry.sglang", "ERROR"):
+                sessions.failed("a:1", sessions.began("a:1"), reason)
+            self.assertEqual(sessions.reason("a:1"), reason)
+            sessions.done("a:1")
+            self.assertIsNone(sessions.reason("a:1"))
+        self.assertEqual(seen, [True, False] * len(DEAD))
+
+    def test_nobody_is_doubted_for_long_nor_for_a_cut(self) -> None:
+        sessions = Sessions()
+        for reason in ("CONNECTION_LOST", "REVOKED", "DEADLINE"):
+            sessions.failed("a:1", 0, reason)
+        self.assertFalse(sessions.is_doubted("a:1"))
+        for reason in sorted(UNREACHABLE):
+            for ends in (lambda: sessions.done("a:1"), lambda: sessions.changed("a:1", "HEALTHY")):
+                sessions.failed("a:1", 0, reason)
+                self.assertTrue(sessions.is_doubted("a:1"))
+                ends()
+                self.assertFalse(sessions.is_doubted("a:1"))
+
+    def test_a_decode_that_tells_its_memory_anew_is_accepted(self) -> None:
+        engine = mock.Mock(spec=TransferEngine, sessions=Sessions())
+        manager = types.SimpleNamespace(engine=engine)
+        prefill.after_registration(None, manager, "a:1", object())
+        self.assertEqual(engine.reset_session.call_count, 0)
+        with self.assertLogs("kvferry.sglang", "ERROR") as said:
+            engine.sessions.failed("a:1", 0, "PEER_RESTARTED")
+            prefill.after_registration(None, manager, "a:1", object())
+            engine.reset_session.side_effect = kvferry.NoDaemonError("gone")
+            prefill.after_registration(None, manager, "a:1", object())
+        self.assertEqual(engine.reset_session.call_count, 2)
+        self.assertIn("stays blacklisted", said.output[-1])
 
     def test_a_room_is_poisoned_for_want_of_proof_only(self) -> None:
         manager = types.SimpleNamespace(engine=mock.Mock(spec=TransferEngine, unproven=Unproven(limit=2)))

@@ -32,8 +32,9 @@ engine
     `MooncakeTransferEngine` is kvferry's. A registration that fails ends the process with the reason (sglang: a line
     at level DEBUG, and failing transfers later).
 health
-    A session is blacklisted when kvferry says that it has FAILED, or that another engine lives there, and comes back
-    the moment it is healthy (sglang: blacklisted at the first failed transfer, looked at again after 30 s).
+    A session is blacklisted when kvferry says that it has FAILED, or that its engine is gone or another one lives
+    there, and comes back the moment it is healthy (sglang: blacklisted at the first failed transfer, looked at again
+    after 30 s). Where nobody is there at all one room waits for a return, the next are tried once.
 tags
     The writes of a request carry a tag of 128 random bits that its decode minted and sent along (sglang: nothing
     tells the writes of a request from those of another at the same addresses).

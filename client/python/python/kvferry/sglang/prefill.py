@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import kvferry
 from kvferry.sglang import wire
 from kvferry.sglang.engine import TransferEngine
-from kvferry.sglang.sessions import Blacklist, FailureCounts
+from kvferry.sglang.sessions import GONE, Blacklist, FailureCounts
 
 __all__ = [
     "Sglang",
@@ -65,7 +65,7 @@ def adopt(manager) -> None:
 
 def after_registration(result, self, mooncake_session_id: str, *args, **kwargs) -> None:
     """A decode has told its memory anew: whoever lives at its session now is the one to talk to."""
-    if is_ours(self) and self.engine.sessions.reason(mooncake_session_id) == "PEER_RESTARTED":
+    if is_ours(self) and self.engine.sessions.reason(mooncake_session_id) in GONE:
         try:
             self.engine.reset_session(mooncake_session_id)
         except kvferry.Error as error:

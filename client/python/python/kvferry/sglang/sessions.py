@@ -7,12 +7,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
-__all__ = ["DEAD", "SESSIONS_LIMIT", "UNREACHABLE", "Blacklist", "FailureCounts", "Sessions"]
+__all__ = ["DEAD", "GONE", "SESSIONS_LIMIT", "UNREACHABLE", "Blacklist", "FailureCounts", "Sessions"]
 
 logger = logging.getLogger("kvferry.sglang")
 
 # Reasons of a transfer that speak against its session, and not only against the transfer.
-DEAD = frozenset({"SESSION_FAILED", "PEER_RESTARTED"})
+DEAD = frozenset({"SESSION_FAILED", "PEER_RESTARTED", "ENGINE_GONE"})
+
+# Those of them that say that the engine which was met at the session will not come back.
+GONE = frozenset({"PEER_RESTARTED", "ENGINE_GONE"})
 
 # Reasons for which a transfer was given up because nobody was there, for as long as one waits for a peer's return.
 UNREACHABLE = frozenset({"CONNECT_REFUSED", "CONNECT_TIMEOUT", "PEER_SILENT", "HANDSHAKE_FAILED"})
@@ -55,7 +58,9 @@ class Sessions:
     def done(self, session: str) -> None:
         """A transfer has succeeded."""
         with self._lock:
-            self._doubted.pop(session, None)
+            was_bad = session in self._doubted or session in self._dead
+        if was_bad:
+            self.healed(session)
 
     def failed(self, session: str, began: int, reason: str) -> None:
         """A transfer has failed."""
