@@ -440,6 +440,14 @@ class Verdicts(unittest.TestCase):
         self.assertIsNone(sessions.reason("a:1"))
         self.assertEqual(seen, [("a:1", True), ("a:1", False)])
 
+    def test_an_engine_that_dies_under_its_first_room_is_gone(self) -> None:
+        sessions = Sessions()
+        began = sessions.began("a:1")
+        sessions.changed("a:1", "HEALTHY")
+        with self.assertLogs("kvferry.sglang", "ERROR"):
+            sessions.failed("a:1", began, "ENGINE_GONE")
+        self.assertEqual(sessions.reason("a:1"), "ENGINE_GONE")
+
     def test_only_what_speaks_against_the_session_does(self) -> None:
         sessions = Sessions()
         blacklist = Blacklist(sessions)

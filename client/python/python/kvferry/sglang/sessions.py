@@ -70,7 +70,8 @@ class Sessions:
                 if len(self._doubted) > SESSIONS_LIMIT:
                     self._doubted.popitem(last=False)
         if reason in DEAD:
-            self._set(session, reason, began)
+            # Opening a session is a recovery too, and no recovery brings back who is gone.
+            self._set(session, reason, None if reason in GONE else began)
 
     def changed(self, session: str, state: str) -> None:
         """The session's state, as the daemon tells it."""
