@@ -15,7 +15,7 @@ class Proxy:
         self._ends: list[socket.socket] = []
         self._left = cut_after
         self.was_cut = threading.Event()
-        self.session = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.session = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:

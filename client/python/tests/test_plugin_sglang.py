@@ -172,9 +172,7 @@ class Rooms(unittest.TestCase):
         cls.queue = conn.FastQueue()
         cls.executor = conn.concurrent.futures.ThreadPoolExecutor(2)
         arguments = (cls.queue, cls.executor)
-        cls.memory = mock.patch.object(
-            conn, "get_memory", lambda: types.SimpleNamespace(enable_unified_memory=False)
-        )
+        cls.memory = mock.patch.object(conn, "get_memory", lambda: types.SimpleNamespace(enable_unified_memory=False))
         cls.memory.start()
         cls.worker = threading.Thread(target=cls.prefill.transfer_worker, args=arguments, daemon=True)
         cls.worker.start()

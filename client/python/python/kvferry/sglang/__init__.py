@@ -23,10 +23,10 @@ SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT
 
 Each rank says at its start, at level INFO, logger `kvferry.sglang`::
 
-    kvferry: attached as 10.0.0.1:20000 to kvferryd 0.1.0 (pid 4711), paths local tcp, GPU 0, rails None
     kvferry: sglang 0.5.23 with engine, health, tags, poison, release
+    kvferry: attached as 10.0.0.1:20000 to kvferryd 0.1.0 (pid 4711), paths local tcp, GPU 0, rails None
 
-The second line names what the plugin took over. What it takes over, and what sglang 0.5.23 does without it:
+The first line names what the plugin took over. What it takes over, and what sglang 0.5.23 does without it:
 
 engine
     `MooncakeTransferEngine` is kvferry's. A registration that fails ends the process with the reason (sglang: a line

@@ -58,9 +58,7 @@ class Decode:
         asked = inspect.signature(original).bind(receiver, *args, **kwargs).arguments
         named = [_copied(asked.get(name)) for name in ("kv_indices", "aux_index", "state_indices", "device_kv_indices")]
         manager = receiver.kv_mgr
-        hold = self.holds.open(
-            receiver.bootstrap_room, manager.engine, lambda: destinations(manager.kv_args, *named)
-        )
+        hold = self.holds.open(receiver.bootstrap_room, manager.engine, lambda: destinations(manager.kv_args, *named))
         receiver.__dict__.setdefault("kvferry_holds", []).append(hold)
         token = _publishing.set(hold)
         try:

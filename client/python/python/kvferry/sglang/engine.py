@@ -8,9 +8,8 @@ import os
 import threading
 
 import kvferry
-from kvferry.compat.engine import FAILED, OK, PROBE_SECONDS
+from kvferry.compat.engine import FAILED, OK, settled
 from kvferry.compat.engine import TransferEngine as DropIn
-from kvferry.compat.engine import settled
 from kvferry.sglang.sessions import Sessions
 from kvferry.sglang.settlement import Unproven
 
@@ -48,7 +47,9 @@ class TransferEngine:
                 transports=transports, advertise_host=hostname, **_placement(self.gpu_id, ib_device)
             )
         except kvferry.Error as error:
-            raise RuntimeError(f"kvferry: no transfer engine on this node: {error}{_advice(error)}") from error
+            raise RuntimeError(
+                f"kvferry: no transfer engine on this node: {error}{_advice(error, transports)}"
+            ) from error
         if not _Raw.is_reachable(engine):
             engine.close()
             raise RuntimeError(
@@ -73,7 +74,9 @@ class TransferEngine:
         )
 
     def __init_subclass__(cls) -> None:
-        raise TypeError(f"{cls.__name__} derives from Mooncake's engine and cannot run on kvferry: unset KVFERRY_SGLANG")
+        raise TypeError(
+            f"{cls.__name__} derives from Mooncake's engine and cannot run on kvferry: unset KVFERRY_SGLANG"
+        )
 
     # --- Memory -------------------------------------------------------------------------------------------
 
@@ -243,6 +246,7 @@ def _placement(gpu_id: int, rails: str | None) -> dict[str, object]:
     return {}
 
 
-def _advice(error: kvferry.Error) -> str:
-    wants_rdma = isinstance(error, kvferry.RefusedError) and error.reason == "NO_PATH"
-    return ". Set MC_FORCE_TCP=1 to move over tcp" if wants_rdma else ""
+def _advice(error: kvferry.Error, transports: list[str]) -> str:
+    """A node without devices knows none of the rails it is told, either."""
+    is_refused = isinstance(error, kvferry.RefusedError) and error.reason in ("NO_PATH", "BAD_ARGUMENT")
+    return ". Set MC_FORCE_TCP=1 to move over tcp" if is_refused and "rdma" in transports else ""

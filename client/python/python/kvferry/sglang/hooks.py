@@ -148,7 +148,9 @@ def _hold_seconds():
 def _hooks(holds: Holds) -> dict[str, tuple[str, Callable[..., Any]]]:
     """For each path that is hooked: how, and by what."""
     on_decode = decode.Decode(holds)
-    receive = functools.partial(decode.around_make_worker_recv, holds=holds, sglang=prefill.Sglang(_to_tcp, _sends_aux_itself))
+    receive = functools.partial(
+        decode.around_make_worker_recv, holds=holds, sglang=prefill.Sglang(_to_tcp, _sends_aux_itself)
+    )
     return {
         f"{ENGINE}.MooncakeTransferEngine": ("replace", TransferEngine),
         f"{_MANAGER}.transfer_worker": ("around", prefill.around_transfer_worker),

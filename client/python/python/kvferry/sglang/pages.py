@@ -23,7 +23,9 @@ def destinations(
     """
     ranges: list[tuple[int, int]] = []
     pages = [indices for indices in (kv_indices, device_kv_indices) if indices is not None]
-    named = [(base, size, indices) for base, size in zip(kv_args.kv_data_ptrs, kv_args.kv_item_lens) for indices in pages]
+    named = [
+        (base, size, indices) for base, size in zip(kv_args.kv_data_ptrs, kv_args.kv_item_lens) for indices in pages
+    ]
     if aux_index is not None:
         named += [(base, size, [aux_index]) for base, size in zip(kv_args.aux_data_ptrs, kv_args.aux_item_lens)]
     for bases, sizes, indices in zip(kv_args.state_data_ptrs, kv_args.state_item_lens, state_indices or []):

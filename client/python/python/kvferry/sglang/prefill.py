@@ -69,7 +69,9 @@ def after_registration(result, self, mooncake_session_id: str, *args, **kwargs) 
         try:
             self.engine.reset_session(mooncake_session_id)
         except kvferry.Error as error:
-            logger.error("kvferry: session %s is another engine's now, and stays blacklisted: %s", mooncake_session_id, error)
+            logger.error(
+                "kvferry: session %s is another engine's now, and stays blacklisted: %s", mooncake_session_id, error
+            )
 
 
 def around_poison(original, self, room: int):

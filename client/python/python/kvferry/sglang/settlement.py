@@ -30,7 +30,9 @@ class Unproven:
                 self._rooms.add(room)
             elif not self._lost:
                 self._lost = True
-                logger.error("kvferry: %d rooms without their peers' word: from now on none counts as proven", self._limit)
+                logger.error(
+                    "kvferry: %d rooms without their peers' word: from now on none counts as proven", self._limit
+                )
 
     def take(self, room: int) -> bool:
         """Whether the room had such a write. Forgets it: the caller acts on it."""

@@ -18,7 +18,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["BOUND", "TAG_BYTES", "Bound", "RoomSession", "Tagged", "bound", "is_dummy", "parse_bound", "tagged", "with_tag"]
+__all__ = [
+    "BOUND",
+    "TAG_BYTES",
+    "Bound",
+    "RoomSession",
+    "Tagged",
+    "bound",
+    "is_dummy",
+    "parse_bound",
+    "tagged",
+    "with_tag",
+]
 
 TAG_BYTES = 16
 
