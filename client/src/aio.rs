@@ -68,6 +68,11 @@ impl Engine {
         self.facts().core.facts().boot_id
     }
 
+    /// As [`crate::Engine::daemon_version`].
+    pub fn daemon_version(&self) -> &str {
+        &self.facts().core.facts().daemon_version
+    }
+
     /// As [`crate::Engine::daemon_pid`].
     pub fn daemon_pid(&self) -> u32 {
         self.facts().core.facts().daemon_pid

@@ -119,6 +119,7 @@ fn lease(
             regions: limits.regions,
             transfers: limits.transfers,
         },
+        daemon_version: attached.daemon_version,
         daemon_pid: attached.daemon_pid,
         fd_socket: fd_socket(attached.fd_socket, socket),
         process,

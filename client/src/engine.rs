@@ -70,6 +70,11 @@ impl Engine {
         self.0.facts().core.facts().boot_id
     }
 
+    /// As the daemon tells it.
+    pub fn daemon_version(&self) -> &str {
+        &self.0.facts().core.facts().daemon_version
+    }
+
     /// As the daemon sees itself.
     pub fn daemon_pid(&self) -> u32 {
         self.0.facts().core.facts().daemon_pid

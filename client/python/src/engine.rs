@@ -127,6 +127,12 @@ impl Engine {
         Ok(self.inner(py)?.engine_id())
     }
 
+    /// Which kvferryd this engine is attached to.
+    #[getter]
+    fn daemon_version(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(self.inner(py)?.daemon_version().to_owned())
+    }
+
     /// The daemon's process id, as the daemon sees itself.
     #[getter]
     fn daemon_pid(&self, py: Python<'_>) -> PyResult<u32> {

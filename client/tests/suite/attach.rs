@@ -39,6 +39,7 @@ fn the_first_event_says_who_we_are() {
     let engine = Engine::attach(options).unwrap();
     assert_eq!(engine.session_id(), SESSION);
     assert_eq!((engine.engine_id(), engine.boot_id()), (7, BOOT));
+    assert_eq!(engine.daemon_version(), "fake");
     assert_eq!(engine.daemon_pid(), std::process::id());
     assert_eq!(engine.limits().slices, 4 << 20);
 

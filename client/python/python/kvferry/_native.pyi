@@ -82,6 +82,7 @@ class Pending:
 class Engine:
     session_id: str
     engine_id: int
+    daemon_version: str
     daemon_pid: int
     boot_id: bytes
     events_lost: int

@@ -181,7 +181,7 @@ class TransferEngine:
         except kvferry.Error as error:
             logger.error("nothing was moved to %s: %s", session, error)
             return FAILED
-        report = _settled(engine, session, report)
+        report = settled(engine, session, report)
         if report.done:
             return OK
         logger.error("transfer with %s: %s", session, report)
@@ -215,7 +215,7 @@ class _Regions:
                 self._ids.pop(address, None)
 
 
-def _settled(engine: kvferry.Engine, session: str, report: kvferry.Report) -> kvferry.Report:
+def settled(engine: kvferry.Engine, session: str, report: kvferry.Report) -> kvferry.Report:
     """Waits until nobody touches this engine's memory for the transfer any more, and says why it waits."""
     while not report.settled:
         logger.warning("transfer with %s is not over yet: %s", session, report.failure)
