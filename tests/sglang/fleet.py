@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,10 @@ HERE = Path(__file__).parent
 # Loopback addresses: sglang takes its address for its host, and the proxy stands at the other one.
 HOST, PROXIED = "127.0.0.1", "127.0.0.2"
 ENDS_SECONDS = 60.0
+# How sglang comes to kvferry, and the module of the engine that it then has.
+WAYS = {"drop-in": {"PYTHONPATH": compat.path()}, "plugin": {"KVFERRY_SGLANG": "1"}}
+ENGINES = {"drop-in": "kvferry.compat.engine", "plugin": "kvferry.sglang.engine"}
+WAY = os.environ.get("KVFERRY_WAY", "drop-in")
 
 numbers = itertools.count(1)
 # Endpoint ports of the daemons, four each: a proxy listens before it knows which are used.
@@ -31,7 +36,7 @@ class Rank(Program):
         self.log = Path(daemon.place.name, f"{told['role']}-{told['tp_rank']}-{next(numbers)}.log")
         environment = {
             **os.environ,
-            "PYTHONPATH": compat.path(),
+            **WAYS[WAY],
             "KVFERRY_SOCKET": str(daemon.socket),
             "MC_FORCE_TCP": "1",
             "SGLANG_HOST_IP": host,
@@ -61,6 +66,11 @@ class Rank(Program):
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def stop(self) -> None:
+        # One that a test killed has nobody at its stdin.
+        with contextlib.suppress(BrokenPipeError):
+            super().stop()
 
     def _answer(self, line: str):
         if not line:

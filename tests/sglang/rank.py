@@ -10,6 +10,7 @@ order in which PrefillBootstrapQueue, DecodePreallocQueue and DecodeTransferQueu
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -38,6 +39,7 @@ from sglang.srt.distributed.parallel_state import (  # noqa: E402
     initialize_model_parallel,
 )
 from sglang.srt.environ import envs  # noqa: E402
+from sglang.srt.plugins import load_plugins  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, get_context, publish  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang.srt.utils.network import get_local_ip_auto  # noqa: E402
@@ -259,7 +261,7 @@ class Rank:
         """What there is to see from outside."""
         return {
             "session": self.engine.session_id,
-            "engine": type(self.engine.engine).__module__,
+            "engine": [type(engine).__module__ for engine in (self.engine, self.engine.engine)],
             "manager": type(self.manager).__module__,
             "blacklisted": sorted(getattr(self.manager, "failed_sessions", ())),
             "failures": sum(getattr(self.manager, "session_failures", {}).values()),
@@ -268,6 +270,8 @@ class Rank:
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO)
+    load_plugins()
     rank = Rank(json.loads(sys.argv[1]))
     print(json.dumps(rank.facts()), file=ANSWERS)
     commands: queue.Queue[str] = queue.Queue()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs sglang's own prefill and decode over kvferry, with sglang as PyPI has it. It says what it moves.
 #
-#   tests/sglang/run.sh [ARGUMENTS OF unittest discover]
+#   [KVFERRY_WAY=drop-in|plugin] tests/sglang/run.sh [ARGUMENTS OF unittest discover]
 set -eu
 cd "$(dirname "$0")/../.."
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")

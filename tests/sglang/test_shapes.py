@@ -5,7 +5,7 @@ from __future__ import annotations
 import unittest
 
 from cases import FleetCase
-from fleet import free_port
+from fleet import ENGINES, WAY, free_port
 
 
 class Attention(FleetCase):
@@ -14,7 +14,7 @@ class Attention(FleetCase):
     def test_it_is_sglang_over_kvferry(self) -> None:
         for side in (self.fleet.prefill, self.fleet.decode):
             for fact in side.facts():
-                self.assertEqual(fact["engine"], "kvferry.compat.engine")
+                self.assertIn(ENGINES[WAY], fact["engine"])
                 self.assertEqual(fact["manager"], "sglang.srt.disaggregation.mooncake.conn")
 
     def test_contiguous_pages(self) -> None:
