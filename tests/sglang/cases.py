@@ -20,6 +20,13 @@ class FleetCase(unittest.TestCase):
     def tearDownClass(cls) -> None:
         cls.fleet.stop()
 
+    def run(self, result=None):
+        before = len(result.failures) + len(result.errors)
+        super().run(result)
+        if len(result.failures) + len(result.errors) > before:
+            for rank in self.fleet.prefill.ranks + self.fleet.decode.ranks:
+                print(f"--- {rank.log.name}:\n{rank.tail()}", flush=True)
+
     def move(self, **rooms) -> list[dict]:
         """Opens rooms and sees every one of them through."""
         return self.see_through(self.fleet.open(**rooms))
