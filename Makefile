@@ -13,7 +13,7 @@ KVFERRY    := $(TARGET_DIR)/release/kvferry
 RUST       := --locked --workspace --exclude kvferry-python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full wheel test-python lint late-writes late-writes-peers soak sim mutants bench release install clean
+.PHONY: help demo test test-full wheel test-python test-sglang lint late-writes late-writes-peers soak sim mutants bench release install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,10 @@ wheel: ## the Python package, into dist/
 test-python: ## builds the wheel, installs it, and moves bytes between two processes behind two daemons
 	@tests/prepare.sh python
 	client/python/test.sh
+
+test-sglang: ## sglang's own prefill and decode, from PyPI (3 GB, once), over kvferry; every byte checked
+	@tests/prepare.sh python
+	tests/sglang/run.sh $(ARGS)
 
 lint: ## formatting and lints, warnings denied
 	cargo fmt --all --check

@@ -32,6 +32,11 @@ class Daemon:
         self.process.kill()
         self.process.wait()
 
+    def restart(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self.start()
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
@@ -39,10 +44,10 @@ class Daemon:
 
 
 class Program:
-    """A Python program that answers a line per line."""
+    """A Python program, its text or its file, that answers a line per line."""
 
-    def __init__(self, code: str, *arguments: str, **more) -> None:
-        command = [sys.executable, "-c", code, *arguments]
+    def __init__(self, program: str | Path, *arguments: str, **more) -> None:
+        command = [sys.executable, *(["-c"] if isinstance(program, str) else []), program, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more
         )

@@ -44,7 +44,10 @@ class TransferEngine:
         transports = _transports()
         try:
             engine = kvferry.Engine.attach(
-                transports=transports, advertise_host=hostname, **_placement(self.gpu_id, ib_device)
+                transports=transports,
+                advertise_host=hostname,
+                gpu_id=self.gpu_id,
+                rail_map=(ib_device or "").strip() or None,
             )
         except kvferry.Error as error:
             raise RuntimeError(
@@ -235,15 +238,6 @@ def _transports() -> list[str]:
     if transports is None:
         raise RuntimeError(f'kvferry moves by "rdma" or "tcp", not by MOONCAKE_PROTOCOL={protocol}')
     return transports
-
-
-def _placement(gpu_id: int, rails: str | None) -> dict[str, object]:
-    """Where this engine is, as far as the client library can say it."""
-    if "rail_map" in (kvferry.Engine.attach.__text_signature__ or ""):
-        return {"gpu_id": gpu_id, "rail_map": (rails or "").strip() or None}
-    if rails:
-        logger.warning("kvferry: this client library takes no rail map: %r has no effect", rails)
-    return {}
 
 
 def _advice(error: kvferry.Error, transports: list[str]) -> str:
