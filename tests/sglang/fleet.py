@@ -65,10 +65,10 @@ class Rank(Program):
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.stop()
 
     def stop(self) -> None:
-        # One that a test killed has nobody at its stdin.
+        # One that died by itself may not have read what it was told last.
         with contextlib.suppress(BrokenPipeError):
             super().stop()
 
