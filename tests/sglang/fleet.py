@@ -25,6 +25,8 @@ ENGINES = {"drop-in": "kvferry.compat.engine", "plugin": "kvferry.sglang.engine"
 WAY = os.environ.get("KVFERRY_WAY", "drop-in")
 
 numbers = itertools.count(1)
+# Of bootstrap servers, below those that the system gives away.
+bootstrap_ports = iter(range(28500, 32000))
 # Endpoint ports of the daemons, four each: a proxy listens before it knows which are used.
 port_ranges = (range(first, first + 4) for first in itertools.count(26000, 4))
 
@@ -85,7 +87,7 @@ class Side:
     """The ranks of one role on one node. All have the same pages, as sglang's allocators would give."""
 
     def __init__(self, role: str, daemon: Daemon, host: str, tp_size: int, shape: dict, bootstrap: int) -> None:
-        meet = f"tcp://{HOST}:{free_port()}"
+        meet = f"file://{daemon.place.name}/meet-{next(numbers)}"
         told = {"role": role, "tp_size": tp_size, "shape": shape, "bootstrap": bootstrap, "meet": meet}
         self.ranks = [Rank(daemon, host, tp_rank=rank, **told) for rank in range(tp_size)]
         self.pages = list(range(1, shape["pages"]))
@@ -177,5 +179,8 @@ class Fleet:
 
 
 def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        return listener.getsockname()[1]
+    """One that nobody is given meanwhile: a rank takes long until it listens there."""
+    for port in bootstrap_ports:
+        with contextlib.suppress(OSError), socket.create_server((HOST, port)):
+            return port
+    raise AssertionError("there is no port left")
