@@ -133,7 +133,11 @@ class Fleet:
         self.here, self.there = (Daemon(f"{ports[0]}-{ports[-1]}") for ports in (here, there))
         self.prefill_tp, self.decode_tp = prefill_tp, decode_tp
         self.prefill, self.decode = self.new_prefill(), self.new_decode()
-        self.sessions = [fact["session"] for fact in self.prefill.started() + self.decode.started()]
+        try:
+            self.sessions = [fact["session"] for fact in self.prefill.started() + self.decode.started()]
+        except AssertionError:
+            self.stop()
+            raise
 
     def new_prefill(self) -> Side:
         self.bootstrap = free_port()
