@@ -25,6 +25,8 @@ ENGINES = {"drop-in": "kvferry.compat.engine", "plugin": "kvferry.sglang.engine"
 WAY = os.environ.get("KVFERRY_WAY", "drop-in")
 
 numbers = itertools.count(1)
+# Of bootstrap servers, below those that the system gives away.
+bootstrap_ports = iter(range(28500, 32000))
 # Endpoint ports of the daemons, four each: a proxy listens before it knows which are used.
 port_ranges = (range(first, first + 4) for first in itertools.count(26000, 4))
 
@@ -65,10 +67,10 @@ class Rank(Program):
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.stop()
 
     def stop(self) -> None:
-        # One that a test killed has nobody at its stdin.
+        # One that died by itself may not have read what it was told last.
         with contextlib.suppress(BrokenPipeError):
             super().stop()
 
@@ -85,7 +87,7 @@ class Side:
     """The ranks of one role on one node. All have the same pages, as sglang's allocators would give."""
 
     def __init__(self, role: str, daemon: Daemon, host: str, tp_size: int, shape: dict, bootstrap: int) -> None:
-        meet = f"tcp://{HOST}:{free_port()}"
+        meet = f"file://{daemon.place.name}/meet-{next(numbers)}"
         told = {"role": role, "tp_size": tp_size, "shape": shape, "bootstrap": bootstrap, "meet": meet}
         self.ranks = [Rank(daemon, host, tp_rank=rank, **told) for rank in range(tp_size)]
         self.pages = list(range(1, shape["pages"]))
@@ -131,7 +133,11 @@ class Fleet:
         self.here, self.there = (Daemon(f"{ports[0]}-{ports[-1]}") for ports in (here, there))
         self.prefill_tp, self.decode_tp = prefill_tp, decode_tp
         self.prefill, self.decode = self.new_prefill(), self.new_decode()
-        self.sessions = [fact["session"] for fact in self.prefill.started() + self.decode.started()]
+        try:
+            self.sessions = [fact["session"] for fact in self.prefill.started() + self.decode.started()]
+        except AssertionError:
+            self.stop()
+            raise
 
     def new_prefill(self) -> Side:
         self.bootstrap = free_port()
@@ -177,5 +183,8 @@ class Fleet:
 
 
 def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        return listener.getsockname()[1]
+    """One that nobody is given meanwhile: a rank takes long until it listens there."""
+    for port in bootstrap_ports:
+        with contextlib.suppress(OSError), socket.create_server((HOST, port)):
+            return port
+    raise AssertionError("there is no port left")

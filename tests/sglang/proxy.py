@@ -38,6 +38,8 @@ class Proxy:
 
     def close(self) -> None:
         for listener in self._listeners:
+            # Wakes who accepts, which a close alone does not.
+            listener.shutdown(socket.SHUT_RDWR)
             listener.close()
         self.cut_all()
 
@@ -45,20 +47,29 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                try:
-                    far = socket.create_connection(("127.0.0.1", port))
-                except OSError:
-                    near.close()
-                    continue
-                pair = near, far
-                self._pairs.add(pair)
-                for one, other in (pair, (far, near)):
-                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    threading.Thread(target=self._pass_on, args=(one, other, pair), daemon=True).start()
+                threading.Thread(target=self._serve, args=(near, port), daemon=True).start()
+
+    def _serve(self, near: socket.socket, port: int) -> None:
+        try:
+            far = socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            near.close()
+            return
+        pair = near, far
+        self._pairs.add(pair)
+        for one in pair:
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        back = threading.Thread(target=self._pass_on, args=(far, near, pair), daemon=True)
+        back.start()
+        self._pass_on(near, far, pair)
+        back.join()
+        self._pairs.discard(pair)
+        for one in pair:
+            one.close()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, pair) -> None:
         passed = 0
-        with contextlib.suppress(OSError):
+        try:
             while data := source.recv(CHUNK):
                 target.sendall(data)
                 passed += len(data)
@@ -68,8 +79,8 @@ class Proxy:
                 if self.rate is not None:
                     time.sleep(len(data) / self.rate)
             target.shutdown(socket.SHUT_WR)
-            return
-        self._reset(pair)
+        except OSError:
+            self._reset(pair)
 
     def _is_cut(self, passed: int) -> bool:
         with self._lock:
@@ -87,4 +98,4 @@ class Proxy:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 # Wakes whoever waits in it, which a close alone does not.
                 one.shutdown(socket.SHUT_RD)
-                one.close()
+            one.close()

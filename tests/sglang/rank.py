@@ -22,7 +22,7 @@ ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
 import numpy  # noqa: E402
-from pools import Pools, Shape  # noqa: E402
+from pools import KV, Pools, Shape  # noqa: E402
 from sglang.srt.disaggregation.base import KVPoll  # noqa: E402
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver  # noqa: E402
 from sglang.srt.disaggregation.utils import (  # noqa: E402
@@ -256,6 +256,22 @@ class Rank:
         )
         self.be(role)
         return role
+
+    def spoil(self) -> list[int]:
+        """Spoils a byte that is nobody's, and says how many strangers there are before, meanwhile and afterwards."""
+        seen = []
+        for flip in (0x00, 0xFF, 0xFF):
+            self.pools.canvases[KV].buffers[-1][-1, -1] ^= flip
+            seen.append(self.pools.strangers())
+        return seen
+
+    def confuse(self) -> list[bool]:
+        """Whether pages are right in their order, and in another."""
+        room = {"room": 0, "pages": [1, 2], "slot": 0}
+        self.pools.paint(room)
+        right = [self.pools.wrong({**room, "pages": pages}) == 0 for pages in ([1, 2], [2, 1])]
+        self.pools.release(room)
+        return right
 
     def facts(self) -> dict:
         """What there is to see from outside."""

@@ -93,7 +93,8 @@ class Deaths(FleetCase):
         (ends,) = fleet.prefill.call("ends", rooms=rooms, seconds=10.0)
         told = time.monotonic() - killed
         self.assertEqual({end["status"] for end in ends}, {"Failed"}, ends)
-        # Its daemon notices within a second, and tells. A transfer that begins after that asks for 5 s whether it is back.
+        # Its daemon notices within a second, and tells. One transfer that begins after that may ask for 5 s whether
+        # it is back; the rest are not tried.
         self.assertLess(told, 8.0)
         print(f"{self.id()}: {len(ends)} rooms failed within {told:.2f} s", flush=True)
         for here, _ in self.opened:

@@ -17,6 +17,14 @@ class Attention(FleetCase):
                 self.assertIn(ENGINES[WAY], fact["engine"])
                 self.assertEqual(fact["manager"], "sglang.srt.disaggregation.mooncake.conn")
 
+    def test_a_byte_that_lands_elsewhere_is_seen(self) -> None:
+        for side in (self.fleet.prefill, self.fleet.decode):
+            self.assertEqual(side.call("spoil"), [[0, 1, 0]])
+
+    def test_pages_that_changed_places_are_seen(self) -> None:
+        for side in (self.fleet.prefill, self.fleet.decode):
+            self.assertEqual(side.call("confuse"), [[True, False]])
+
     def test_contiguous_pages(self) -> None:
         self.move(pages=128)
 
