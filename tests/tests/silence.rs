@@ -41,7 +41,7 @@ fn forgotten_by(daemon: &Daemon) {
 /// C5. A daemon stands still for long, with bytes for it in every buffer, and goes on as if nothing had happened.
 #[test]
 fn c5_a_daemon_that_was_stopped_for_long_lets_nothing_stale_land() {
-    let long = Duration::from_secs(if harness::long() { 30 } else { 10 });
+    let long = Duration::from_secs(if harness::long() { 30 } else { 6 });
     let mut faulty = Faulty::new(80 * MIB);
     let moves = megabytes(32);
     let pending = faulty.begin(Transfer { policy: once(), ..faulty.request(Op::Write, &moves) });
