@@ -38,6 +38,7 @@ pub(super) fn engine(engine: &Engine) -> wire::EngineInfo {
         region_bytes,
         transfers_active: engine.log.active() as u64,
         epoch: engine.memory.revocations().epoch().0,
+        process_access: convert::process_access(engine.memory.process_access()).into(),
     }
 }
 
