@@ -10,8 +10,8 @@ use std::{
 use tokio::sync::mpsc;
 
 use crate::{
-    EngineOptions, Error, Event, Limits, Memory, Probe, Range, Region, Report, Settlement, Transfer,
-    TransferId,
+    EngineOptions, Error, Event, Limits, Memory, Probe, ProcessAccess, Range, Region, Report, Settlement,
+    Transfer, TransferId,
     attachment::{Attaching, Attachment},
     caller::Caller,
     fork::Owned,
@@ -76,6 +76,11 @@ impl Engine {
     /// As [`crate::Engine::daemon_pid`].
     pub fn daemon_pid(&self) -> u32 {
         self.facts().core.facts().daemon_pid
+    }
+
+    /// As [`crate::Engine::process_access`].
+    pub fn process_access(&self) -> ProcessAccess {
+        self.facts().core.lease().process_access
     }
 
     /// As [`crate::Engine::limits`].

@@ -8,7 +8,11 @@ use std::{
 
 use kvferry_proto::engine::v1::{self as wire, engine_client::EngineClient};
 use rustix::process::{PTracer, Pid};
-use tokio::{net::UnixStream, sync::watch, time};
+use tokio::{
+    net::UnixStream,
+    sync::{OnceCell, watch},
+    time,
+};
 use tonic::{Streaming, metadata::MetadataValue, transport::Channel};
 
 use crate::{
@@ -68,7 +72,7 @@ pub(crate) async fn attach(introduction: Introduction<'_>) -> Result<Attached, E
 fn daemon_of(stream: &UnixStream) -> Option<Pid> {
     let pid = stream.peer_cred().ok()?.pid().and_then(Pid::from_raw)?;
     // Fails where there is no Yama, and then is not needed; where it is needed and fails, the daemon finds out
-    // at registration and says so.
+    // at attach and asks for an assistant, or says so at registration.
     if let Err(error) = rustix::process::set_ptracer(PTracer::ProcessID(pid)) {
         tracing::debug!(%error, "PR_SET_PTRACER");
     }
@@ -105,6 +109,7 @@ fn lease(
         .as_slice()
         .try_into()
         .map_err(|_| malformed("its boot id does not have 16 bytes"))?;
+    let process_access = attached.process_access();
     let limits = attached.limits.ok_or_else(|| malformed("it tells no limits"))?;
     Ok(Lease {
         number: 0,
@@ -122,6 +127,8 @@ fn lease(
         daemon_version: attached.daemon_version,
         daemon_pid: attached.daemon_pid,
         fd_socket: fd_socket(attached.fd_socket, socket),
+        process_access,
+        assistant: OnceCell::new(),
         process,
         ended,
         draining: AtomicBool::new(false),

@@ -123,5 +123,9 @@ impl Drop for Attachment {
         if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
             tracing::error!(?panic, "the thread of the lease panicked");
         }
+        // Whoever drops its engine may drop its memory next: nothing is copied from here on.
+        if let Some(assistant) = self.core.lease().assistant.get() {
+            assistant.stop();
+        }
     }
 }

@@ -97,7 +97,7 @@ impl AsFd for SharedBuffer {
 }
 
 impl Mapping {
-    fn new(length: usize) -> Result<Self, Error> {
+    pub(crate) fn new(length: usize) -> Result<Self, Error> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("kvferry", flags).map_err(Error::system("creating a memfd"))?;
         rustix::fs::ftruncate(&file, length as u64).map_err(Error::system("sizing a memfd"))?;
@@ -135,6 +135,10 @@ impl Mapping {
             unsafe { start.add(offset).write_volatile(0) };
         }
         Ok(())
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
     }
 
     pub(crate) fn address(&self) -> u64 {

@@ -17,7 +17,9 @@ use tokio::{sync::watch, time};
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
-    EngineOptions, Error, Failure, Path, Policy, Reason, Region, connection,
+    EngineOptions, Error, Failure, Path, Policy, ProcessAccess, Reason, Region,
+    assist::Assistant,
+    connection,
     cuts::Cuts,
     error::NoReply,
     facts::Facts,
@@ -48,7 +50,7 @@ pub(crate) struct Core {
     pub(crate) cuts: Cuts,
     /// What has to outlive the daemon.
     pub(crate) revocations: Revocations,
-    pub(crate) regions: Regions,
+    pub(crate) regions: Arc<Regions>,
     pub(crate) peers: Peers,
     pub(crate) unsettled: Unsettled,
     pub(crate) orders: Orders,
@@ -69,7 +71,7 @@ impl Core {
             ids: IdMint::new()?,
             cuts: Cuts::default(),
             revocations: Revocations::default(),
-            regions: Regions::default(),
+            regions: Arc::default(),
             peers: Peers::default(),
             unsettled: Unsettled::default(),
             orders: Orders::default(),
@@ -220,6 +222,7 @@ impl Caller {
 
     pub(crate) async fn register(&self, memory: Vec<Backing>) -> Result<Vec<Region>, Error> {
         let lease = self.core.lease();
+        let _asked = self.core.regions.ask(&memory);
         let mut regions = self.register_with(&lease, &memory).await?;
         match self.core.regions.record(lease.number, &mut regions, memory) {
             true => Ok(regions),
@@ -234,6 +237,11 @@ impl Caller {
         memory: &[Backing],
     ) -> Result<Vec<Region>, Error> {
         const CALL: &str = "RegisterRegions";
+        if lease.process_access == ProcessAccess::Assisted
+            && memory.iter().any(|each| each.private().is_some())
+        {
+            lease.assistant.get_or_try_init(|| self.assist(lease)).await?;
+        }
         let handles = self.hand_over(lease, memory).await?;
         let handle = |backing: &Backing| {
             backing.file.as_ref().and_then(|(mapping, _)| handles.get(&mapping.address()).copied())
@@ -255,6 +263,24 @@ impl Caller {
             return Err(Error::Call { call: CALL, message });
         }
         Ok(regions)
+    }
+
+    /// Has this process copy its private memory for a daemon that cannot reach it.
+    async fn assist(&self, lease: &Lease) -> Result<Assistant, Error> {
+        const CALL: &str = "OfferAssistant";
+        let assistant = Assistant::start(self.core.regions.clone())?;
+        let handle = self.core.handles.fetch_add(1, Ordering::Relaxed);
+        fds::hand_over(&lease.fd_socket, &lease.token, handle, assistant.as_fd()).await?;
+        let message = wire::OfferAssistantRequest { handle };
+        let mut client = self.client.clone();
+        let reply = self
+            .ask(lease, CALL, client.offer_assistant(lease.request(message)))
+            .await
+            .map_err(|lost| self.explain(lease, CALL, lost))?;
+        match reply.into_inner().failure {
+            Some(failure) => Err(Error::Refused(failure.into())),
+            None => Ok(assistant),
+        }
     }
 
     /// Each file once, however many ranges of it are registered. Handles by address of the mapping.

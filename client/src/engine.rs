@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::{
-    EngineOptions, Error, Event, Limits, Memory, Probe, Range, Region, Report, Settlement, Transfer,
-    TransferId,
+    EngineOptions, Error, Event, Limits, Memory, Probe, ProcessAccess, Range, Region, Report, Settlement,
+    Transfer, TransferId,
     attachment::{Attaching, Attachment, ReportReceiver},
     caller::Caller,
     fork::Owned,
@@ -78,6 +78,11 @@ impl Engine {
     /// As the daemon sees itself.
     pub fn daemon_pid(&self) -> u32 {
         self.0.facts().core.facts().daemon_pid
+    }
+
+    /// How the daemon reaches plain private memory of this process ([`Memory::Process`]); `Unspecified`: not at all.
+    pub fn process_access(&self) -> ProcessAccess {
+        self.0.facts().core.lease().process_access
     }
 
     /// What the daemon takes at most.

@@ -17,13 +17,16 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, PidfdFlags},
 };
-use tokio::{sync::watch, time};
+use tokio::{
+    sync::{OnceCell, watch},
+    time,
+};
 use tonic::{
     Request,
     metadata::{Binary, MetadataValue},
 };
 
-use crate::{Failure, Outcome, Reason, Report, Settlement, TransferId};
+use crate::{Failure, Outcome, ProcessAccess, Reason, Report, Settlement, TransferId, assist::Assistant};
 
 /// What the daemon takes at most.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +75,10 @@ pub(crate) struct Lease {
     pub(crate) daemon_version: String,
     pub(crate) daemon_pid: u32,
     pub(crate) fd_socket: PathBuf,
+    /// How the daemon reaches private memory.
+    pub(crate) process_access: ProcessAccess,
+    /// Where it needs one, and private memory was registered.
+    pub(crate) assistant: OnceCell<Assistant>,
     pub(crate) process: DaemonProcess,
     pub(crate) ended: watch::Receiver<Option<Ending>>,
     /// The daemon said that it leaves.
@@ -128,7 +135,9 @@ impl Lease {
 
     /// Whether it is proven that nobody touches our memory for this attachment. Meaningful once it has ended.
     pub(crate) fn standing(&self) -> Verdict {
-        if self.released.load(SeqCst) || self.process.has_exited() {
+        let daemon_is_out = self.released.load(SeqCst) || self.process.has_exited();
+        // What it had posted must not be done after this, by our own hand.
+        if daemon_is_out && self.assistant.get().is_none_or(Assistant::retire) {
             Verdict::Exited
         } else {
             Verdict::Unproven
@@ -246,6 +255,8 @@ pub(crate) mod tests {
             daemon_version: String::new(),
             daemon_pid: 0,
             fd_socket: PathBuf::new(),
+            process_access: ProcessAccess::Unspecified,
+            assistant: OnceCell::new(),
             process: DaemonProcess::default(),
             ended,
             draining: AtomicBool::new(false),

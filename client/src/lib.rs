@@ -38,18 +38,22 @@
 //!   different moments.
 //! - Pages are given away only after what may still come to them was revoked: [`Engine::revoke`] for ranges,
 //!   [`Engine::revoke_tag`] for all of a request. A peer that was never met is stopped by a tag alone.
-//! - [`Engine`] blocks, [`aio::Engine`] does not. Both keep one background thread, `kvferry-lease`.
+//! - [`Engine`] blocks, [`aio::Engine`] does not. Both keep one background thread, `kvferry-lease`, and a second one,
+//!   `kvferry-assist`, where private memory is registered that the daemon cannot reach by itself: that thread copies for
+//!   it. [`Engine::process_access`] tells.
 //! - A daemon restart is survived: the engine attaches again by itself, with its key, its port and everything
 //!   registered ([`Event::Reattached`]). Calls fail with [`Error::NoDaemon`] meanwhile.
 //! - Handles do not survive fork: a child gets [`Error::Forked`] and must attach for itself.
 //!
 //! The way of a call through the modules: `engine` or `aio` (whose thread, whose runtime) -> `caller` and
 //! `submit` (which messages, and what their loss means) -> `pipe` (a blocking thread's open stream) ->
-//! `connection`. `holder` is the background thread: `attach` and `reattach` begin a lease, `watch` sees its end.
+//! `connection`. `holder` is the background thread: `attach` and `reattach` begin a lease, `watch` sees its end;
+//! `assist` is the second one.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod aio;
 
+mod assist;
 mod attach;
 mod attachment;
 mod batch;
@@ -72,6 +76,7 @@ mod options;
 mod orders;
 mod peers;
 mod pipe;
+mod private;
 mod rails;
 mod reattach;
 mod regions;
@@ -87,7 +92,10 @@ pub use caller::Probe;
 pub use engine::{Engine, Pending};
 pub use error::{Error, Failure};
 pub use event::Event;
-pub use kvferry_proto::types::v1::{MemoryKind, Op, Path, Reason, SessionState};
+pub use kvferry_proto::{
+    engine::v1::ProcessAccess,
+    types::v1::{MemoryKind, Op, Path, Reason, SessionState},
+};
 pub use lease::Limits;
 pub use memory::{Memory, Region};
 pub use node::Node;

@@ -77,6 +77,11 @@ impl Backing {
         }
     }
 
+    /// Base and length, where it is memory of this process alone.
+    pub(crate) fn private(&self) -> Option<(u64, u64)> {
+        self.file.is_none().then_some((self.base, self.length))
+    }
+
     fn shared(buffer: &SharedBuffer, range: Range<usize>) -> Self {
         Self {
             base: buffer.address() + range.start as u64,

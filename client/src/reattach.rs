@@ -88,6 +88,12 @@ async fn attach_again(
         let cause = "another daemon answers, and the one before it has not exited".to_owned();
         return Err(Error::NoDaemon { path: options.socket.clone(), cause });
     }
+    // What that one had posted is not done any more; the copy under way, if any, takes milliseconds.
+    if let Some(assistant) = holds.assistant.get() {
+        while !assistant.retire() {
+            time::sleep(Duration::from_millis(1)).await;
+        }
+    }
     Ok(attached)
 }
 

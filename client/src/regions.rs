@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::{Error, Failure, Reason, Region, Settlement, lease::Lease, memory::Backing};
+use crate::{Error, Failure, Reason, Region, Settlement, lease::Lease, memory::Backing, private::Ranges};
 
 /// The regions of an engine. Bounded by the daemon's limit. The lock is held for single steps.
 #[derive(Debug, Default)]
@@ -22,6 +22,29 @@ struct Table {
     /// memory it has.
     renewing: Option<Arc<Lease>>,
     entries: BTreeMap<u32, Entry>,
+    /// Private memory that a daemon is being asked to register: it looks whether it is there.
+    asked: Vec<(u64, u64)>,
+    /// All private memory in the table, until it changes.
+    private: Option<Ranges>,
+}
+
+/// Private memory that is being registered, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Asked<'a> {
+    regions: &'a Regions,
+    ranges: Vec<(u64, u64)>,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        let mut table = self.regions.lock();
+        for range in &self.ranges {
+            if let Some(at) = table.asked.iter().position(|asked| asked == range) {
+                table.asked.swap_remove(at);
+            }
+        }
+        table.private = None;
+    }
 }
 
 #[derive(Debug)]
@@ -36,6 +59,24 @@ struct Entry {
 }
 
 impl Regions {
+    /// This is about to be registered.
+    pub(crate) fn ask(&self, memory: &[Backing]) -> Asked<'_> {
+        let ranges: Vec<_> = memory.iter().filter_map(Backing::private).collect();
+        let mut table = self.lock();
+        table.asked.extend(&ranges);
+        table.private = None;
+        drop(table);
+        Asked { regions: self, ranges }
+    }
+
+    /// The private memory that a daemon may touch: until it is proven that it does not, and from before it does.
+    pub(crate) fn private(&self) -> Ranges {
+        let mut table = self.lock();
+        let Table { entries, asked, private, .. } = &mut *table;
+        let registered = entries.values().filter_map(|entry| entry.backing.private());
+        private.get_or_insert_with(|| Ranges::of(registered.chain(asked.iter().copied()))).clone()
+    }
+
     /// The daemon of this attachment has registered these: gives them our numbers. False when the attachment is
     /// over: what it registered is gone with it.
     pub(crate) fn record(&self, attachment: u64, regions: &mut [Region], memory: Vec<Backing>) -> bool {
@@ -48,6 +89,7 @@ impl Regions {
             region.id = table.free_number(theirs);
             table.entries.insert(region.id, Entry { backing, theirs: Some(theirs), leaving: false });
         }
+        table.private = None;
         true
     }
 
@@ -96,6 +138,7 @@ impl Regions {
             }
         }
         ours.iter().for_each(|id| drop(table.entries.remove(id)));
+        table.private = None;
         Some(Settlement::Settled)
     }
 

@@ -27,6 +27,9 @@ pub mod peer {
     }
 }
 
+/// Shared memory between a daemon and an engine's client library.
+pub mod ring;
+
 /// Encoded descriptors of all files, for gRPC reflection.
 pub const DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin");
 

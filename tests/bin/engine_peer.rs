@@ -13,7 +13,7 @@ use anyhow::Context;
 use harness::{
     batch,
     canvas::Canvas,
-    oracle::Pool,
+    oracle::{Kind, Pool},
     painter::Painter,
     wire::{self, Answer, Command, Ended},
 };
@@ -59,7 +59,7 @@ impl Peer {
                 engine.register(&[pool.memory()])?;
                 Ok(Answer::Pool { address: pool.address() })
             }
-            Command::RegisterAtOnce { buffers, length } => self.register_at_once(buffers, length),
+            Command::RegisterAtOnce { kind, buffers, length } => self.register_at_once(kind, buffers, length),
             Command::Transfer { session, write, remote, moves } => {
                 let engine = self.engine.as_ref().context("not attached")?;
                 let pool = self.pool.as_ref().context("no pool")?;
@@ -82,9 +82,9 @@ impl Peer {
                 self.pool.as_mut().context("no pool")?.forget(range);
                 Ok(Answer::Noted)
             }
-            Command::Canvas { length, margin } => {
+            Command::Canvas { kind, length, margin } => {
                 let engine = self.engine.clone().context("not attached")?;
-                let painter = self.painter.insert(Painter::new(engine, Canvas::new(length, margin)?)?);
+                let painter = self.painter.insert(Painter::new(engine, Canvas::new(kind, length, margin)?)?);
                 let canvas = painter.canvas();
                 Ok(Answer::Canvas { address: canvas.address(), descriptor: canvas.descriptor() })
             }
@@ -106,14 +106,17 @@ impl Peer {
         self.painter.as_mut().context("no canvas")
     }
 
-    fn register_at_once(&mut self, buffers: usize, length: u64) -> anyhow::Result<Answer> {
+    fn register_at_once(&mut self, kind: Kind, buffers: usize, length: u64) -> anyhow::Result<Answer> {
         let engine = self.engine.as_ref().context("not attached")?;
-        let length = usize::try_from(length)?;
-        self.buffers = (0..buffers).map(|_| SharedBuffer::new(length)).collect::<Result<_, _>>()?;
+        let bytes = usize::try_from(length)?;
+        self.buffers = (0..buffers).map(|_| SharedBuffer::new(bytes)).collect::<Result<_, _>>()?;
         let start = Barrier::new(buffers);
         let register = |buffer: &SharedBuffer| {
             start.wait();
-            engine.register(&[Memory::Shared(buffer)])
+            match kind {
+                Kind::Shared => engine.register(&[Memory::Shared(buffer)]),
+                Kind::Process => engine.register(&[Memory::Process { address: buffer.address(), length }]),
+            }
         };
         let register = &register;
         let regions = thread::scope(|scope| {

@@ -2,7 +2,7 @@
 //! or where the probes struck too late to have shown anything.
 
 use anyhow::ensure;
-use harness::late;
+use harness::late::{self, Memory};
 use kvferry_client::Path;
 
 /// Usage: `late-writes [RUNS]`, 100 by default.
@@ -13,8 +13,11 @@ fn main() -> anyhow::Result<()> {
     println!("control: {impatient} late bytes for an engine that does not wait for the answer");
     ensure!(impatient > 0, "the probes are blind");
     println!("{}", late::heading());
-    let mut rows = late::run(Path::Tcp, runs, |row| println!("{row}"))?;
-    rows.extend(late::run(Path::Local, runs, |row| println!("{row}"))?);
+    let mut rows = late::run(Path::Tcp, Memory::Shared, runs, |row| println!("{row}"))?;
+    rows.extend(late::run(Path::Local, Memory::Shared, runs, |row| println!("{row}"))?);
+    println!("private memory that the engines themselves copy:");
+    rows.extend(late::run(Path::Tcp, Memory::Assisted, runs, |row| println!("{row}"))?);
+    rows.extend(late::run(Path::Local, Memory::Assisted, runs, |row| println!("{row}"))?);
     let late: u64 = rows.iter().map(|row| row.late).sum();
     ensure!(late == 0, "{late} bytes were late");
     ensure!(rows.iter().all(late::Row::proves_something), "in some row too little was in flight");

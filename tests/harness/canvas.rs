@@ -17,7 +17,7 @@ use std::{
 use kvferry_client::{Memory, SharedBuffer};
 use serde::{Deserialize, Serialize};
 
-use crate::process::Process;
+use crate::{oracle::Kind, process::Process};
 
 /// The value of all bytes of a canvas at a time.
 pub type Shade = u8;
@@ -39,21 +39,28 @@ const PAGE: usize = 4096;
 pub struct Canvas {
     buffer: SharedBuffer,
     file: File,
+    kind: Kind,
     /// What is painted and judged; behind it lies a margin for other transfers.
     length: u64,
 }
 
 impl Canvas {
-    /// Shared memory of `length` bytes that are painted and `margin` bytes that are not.
-    pub fn new(length: u64, margin: u64) -> anyhow::Result<Self> {
+    /// Memory of `length` bytes that are painted and `margin` bytes that are not. A judge sees it, so it is a memfd in
+    /// any case; but it can be registered as if it were the process's alone.
+    pub fn new(kind: Kind, length: u64, margin: u64) -> anyhow::Result<Self> {
         let buffer = SharedBuffer::new(usize::try_from(length + margin)?)?;
         let file = buffer.as_fd().try_clone_to_owned()?.into();
-        Ok(Self { buffer, file, length })
+        Ok(Self { buffer, file, kind, length })
     }
 
     /// For registration.
     pub fn memory(&self) -> Memory<'_> {
-        Memory::Shared(&self.buffer)
+        match self.kind {
+            Kind::Shared => Memory::Shared(&self.buffer),
+            Kind::Process => {
+                Memory::Process { address: self.buffer.address(), length: self.buffer.len() as u64 }
+            }
+        }
     }
 
     /// Where it begins in this process.
@@ -167,7 +174,7 @@ mod tests {
     /// What everything rests on: a byte that comes late is seen, from outside, wherever it lands.
     #[test]
     fn one_late_byte_is_found() {
-        let canvas = Canvas::new(LENGTH, 7).unwrap();
+        let canvas = Canvas::new(Kind::Shared, LENGTH, 7).unwrap();
         let judge = Judge::open(Process(std::process::id()), canvas.descriptor(), LENGTH).unwrap();
         assert_eq!(canvas.paint(OWNED).unwrap(), Census { other: LENGTH, ..Census::default() });
         assert_eq!(judge.census().unwrap().not_owned(), 0);

@@ -4,7 +4,7 @@
 
 use std::{
     io::{BufRead, BufReader, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command as Program, Stdio},
     sync::mpsc::{Receiver, sync_channel},
     thread,
@@ -38,8 +38,21 @@ pub struct EngineProcess {
 impl EngineProcess {
     /// Starts a process and attaches it to the daemon at this socket.
     pub fn attach(socket: &Path, name: &str) -> anyhow::Result<Self> {
-        let binary = crate::binary("engine-peer", "KVFERRY_ENGINE_PEER", "kvferry-tests")?;
-        let mut child = Program::new(binary)
+        let binary = Self::binary()?;
+        Self::attach_under(&[&binary.to_string_lossy()], socket, name)
+    }
+
+    /// The program that is started.
+    pub fn binary() -> anyhow::Result<PathBuf> {
+        crate::binary("engine-peer", "KVFERRY_ENGINE_PEER", "kvferry-tests")
+    }
+
+    /// The same by a command line of its own, which ends with a path of that program. [`EngineProcess::process`] is
+    /// then whatever the first word started.
+    pub fn attach_under(command: &[&str], socket: &Path, name: &str) -> anyhow::Result<Self> {
+        let (program, arguments) = command.split_first().context("no command")?;
+        let mut child = Program::new(program)
+            .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -34,6 +34,12 @@ impl Nodes {
         Ok(Self { initiator, target })
     }
 
+    /// Two daemons with a configuration each: over tcp.
+    pub fn unlike(initiator: &str, target: &str) -> anyhow::Result<Self> {
+        let (initiator, target) = (Daemon::with_config(initiator)?, Daemon::with_config(target)?);
+        Ok(Self { initiator, target: Some(target) })
+    }
+
     /// The initiator's daemon.
     pub fn initiator(&self) -> &Daemon {
         &self.initiator

@@ -34,6 +34,8 @@ pub enum Command {
     },
     /// Register so many buffers, each from a thread of its own, all at the same moment.
     RegisterAtOnce {
+        /// What they are made of.
+        kind: Kind,
         /// How many.
         buffers: usize,
         /// Bytes of each.
@@ -73,6 +75,8 @@ pub enum Command {
     },
     /// Register a [canvas](crate::canvas).
     Canvas {
+        /// How it is registered.
+        kind: Kind,
         /// Bytes that are painted and judged.
         length: u64,
         /// Bytes behind them.

@@ -16,8 +16,8 @@ use std::{
 use kvferryd::{
     domain::{BootId, Failure, Incarnation, LaneId, Reason, RegionId, TransferId},
     memory::{
-        EngineMemory, HandRegistrar, Mapping, ProcessMemory, Quota, RegionDriver, Registrar, RevocationBook,
-        SystemDriver,
+        EngineMemory, HandRegistrar, Mapping, ProcessAccess, ProcessMemory, Quota, RegionDriver, Registrar,
+        RevocationBook, SystemDriver,
     },
     policy::Revocations,
     session::{
@@ -272,7 +272,8 @@ impl Daemon {
     ) {
         let quota = Quota { regions: 16, bytes: 1 << 30, layouts: 1 };
         let book = RevocationBook::new(revoked, Default::default());
-        let memory = EngineMemory::with_revocations(self.registrar.clone(), quota, None, book);
+        let memory =
+            EngineMemory::with_revocations(self.registrar.clone(), quota, ProcessAccess::OutOfReach, book);
         self.attached += 1;
         let engine = Engine {
             number: self.attached,

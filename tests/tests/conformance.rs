@@ -83,14 +83,32 @@ impl Side {
     }
 }
 
+/// How the daemons of a table reach private memory: the initiator's and the target's.
+type Modes = [&'static str; 2];
+
+const DIRECT: Modes = ["direct"; 2];
+const ASSISTED: Modes = ["assisted"; 2];
+
+fn nodes(path: Path, modes: Modes) -> Nodes {
+    let [initiator, target] = modes.map(|mode| format!("[process]\nmode = \"{mode}\"\n"));
+    match path {
+        Path::Local => Nodes::start(path, &initiator).unwrap(),
+        _ => Nodes::unlike(&initiator, &target).unwrap(),
+    }
+}
+
 fn table(path: Path) {
-    let nodes = Nodes::start(path, "").unwrap();
+    table_with(path, DIRECT);
+}
+
+fn table_with(path: Path, modes: Modes) {
+    let nodes = nodes(path, modes);
     let mut initiator = Side::attach(nodes.initiator(), 1).unwrap();
     let mut target = Side::attach(nodes.target(), 2).unwrap();
     let rows = pairwise::table(&Case::LEVELS, |row| Case::of(row).is_affordable());
     for (number, row) in rows.iter().enumerate() {
         let case = Case::of(row);
-        let what = format!("{path:?}, row {number}: {case:?}");
+        let what = format!("{path:?}, {modes:?}, row {number}: {case:?}");
         let moves = case.arrangement.moves(case.count, case.size);
         let (local, remote) = (initiator.pool(case.local), target.pool(case.remote));
         let transfer = request(case.op, target.engine.session_id(), &moves, local, remote);
@@ -179,3 +197,28 @@ macro_rules! for_both_paths {
 }
 
 for_both_paths!(table, one_large_slice, mixed_lengths, there_and_back);
+
+/// The same table where engines copy for their daemons: both, or only one of them.
+mod assisted {
+    use super::{ASSISTED, Path, table_with};
+
+    #[test]
+    fn table_over_tcp() {
+        table_with(Path::Tcp, ASSISTED);
+    }
+
+    #[test]
+    fn table_over_tcp_at_the_initiator_alone() {
+        table_with(Path::Tcp, ["assisted", "direct"]);
+    }
+
+    #[test]
+    fn table_over_tcp_at_the_target_alone() {
+        table_with(Path::Tcp, ["direct", "assisted"]);
+    }
+
+    #[test]
+    fn table_within_a_node() {
+        table_with(Path::Local, ASSISTED);
+    }
+}

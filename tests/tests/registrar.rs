@@ -17,6 +17,7 @@ use std::{
 
 use harness::{
     engine::EngineProcess,
+    oracle::Kind,
     wire::{Answer, Command},
 };
 use kvferryd::{
@@ -82,7 +83,7 @@ fn storm(lock: &str) -> usize {
         // Whoever fails must not leave the others waiting.
         start.wait();
         let mut engine = engine.unwrap();
-        let command = Command::RegisterAtOnce { buffers: EACH, length: 4 << 20 };
+        let command = Command::RegisterAtOnce { kind: Kind::Shared, buffers: EACH, length: 4 << 20 };
         match engine.ask(&command).unwrap() {
             Answer::Registered { regions } => assert_eq!(regions, EACH),
             other => panic!("process {number}: {other:?}"),

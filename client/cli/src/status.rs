@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use comfy_table::{Table, presets};
-use kvferry_client::{EngineOptions, Node, Path, SessionState};
+use kvferry_client::{EngineOptions, Node, Path, ProcessAccess, SessionState};
 use kvferry_proto::{
     engine::v1::{EngineInfo, NodeInfo, SessionInfo},
     types::v1::Failure,
@@ -52,6 +52,14 @@ fn state(state: SessionState) -> String {
     word(state.as_str_name(), "SESSION_STATE_")
 }
 
+/// How private memory of an engine is reached.
+fn access(access: ProcessAccess) -> String {
+    match access {
+        ProcessAccess::Unspecified => "-".to_owned(),
+        access => word(access.as_str_name(), "PROCESS_ACCESS_"),
+    }
+}
+
 fn failure(failure: Option<&Failure>) -> Option<String> {
     failure.map(|f| format!("{}: {}", f.reason().as_str_name().trim_start_matches("REASON_"), f.message))
 }
@@ -77,7 +85,18 @@ fn node_line(info: &NodeInfo) -> String {
 fn engine_table(engines: &[EngineInfo]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header(["engine", "name", "session id", "pid", "gpu", "rails", "regions", "bytes", "active"]);
+    table.set_header([
+        "engine",
+        "name",
+        "session id",
+        "pid",
+        "gpu",
+        "rails",
+        "private memory",
+        "regions",
+        "bytes",
+        "active",
+    ]);
     for engine in engines {
         table.add_row([
             engine.engine_id.to_string(),
@@ -86,6 +105,7 @@ fn engine_table(engines: &[EngineInfo]) -> Table {
             engine.pid.to_string(),
             engine.gpu_id.map_or_else(|| "-".to_owned(), |gpu| gpu.to_string()),
             rails(engine),
+            access(engine.process_access()),
             engine.regions.to_string(),
             engine.region_bytes.to_string(),
             engine.transfers_active.to_string(),
@@ -162,6 +182,7 @@ fn engine_json(engine: &EngineInfo) -> Value {
         "region_bytes": engine.region_bytes,
         "transfers_active": engine.transfers_active,
         "epoch": engine.epoch,
+        "private_memory": access(engine.process_access()),
     })
 }
 
@@ -220,6 +241,19 @@ mod tests {
         assert!(table.contains(" 3 ") && table.contains("mlx5_0 mlx5_1"), "{table}");
         assert!(table.contains(" - ") && table.contains(" any "), "{table}");
         assert_eq!(engine_json(&EngineInfo::default())["gpu_id"], Value::Null);
+    }
+
+    #[test]
+    fn an_engine_says_how_its_private_memory_is_reached() {
+        for (access, word) in [
+            (ProcessAccess::Unspecified, "-"),
+            (ProcessAccess::Direct, "direct"),
+            (ProcessAccess::Assisted, "assisted"),
+        ] {
+            let engine = EngineInfo { process_access: access.into(), ..EngineInfo::default() };
+            assert_eq!(engine_json(&engine)["private_memory"], word);
+            assert!(engine_table(&[engine]).to_string().contains(word));
+        }
     }
 
     #[test]

@@ -65,6 +65,7 @@ fn attached(service: &EngineService, lease: &Lease) -> wire::EngineEvent {
         daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
         daemon_pid: std::process::id(),
         fd_socket: service.fd_socket.display().to_string(),
+        process_access: convert::process_access(engine.memory.process_access()).into(),
     };
     wire::EngineEvent { event: Some(Event::Attached(attached)) }
 }

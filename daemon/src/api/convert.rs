@@ -13,7 +13,7 @@ use crate::{
         SessionId, SliceBatch, Tag, TransferId,
     },
     engine::{AttachRequest, EngineEvent, EnginePolicy, KnownPeer, TransferOrder},
-    memory::{FdShelf, LayoutRequest, RegionRequest, Source},
+    memory::{FdShelf, LayoutRequest, ProcessAccess, RegionRequest, Source},
     policy::{RailMap, RevocationList, TOMBSTONES, TagRevoked},
     session::outbound::State,
     transfer::{pages::PageBatch, run::Request},
@@ -236,6 +236,14 @@ pub(super) fn region(spec: wire::RegionSpec, index: u64, fds: &FdShelf) -> Resul
         }
     };
     Ok(RegionRequest { base: spec.base, length: spec.length, source })
+}
+
+pub(super) fn process_access(access: &ProcessAccess) -> wire::ProcessAccess {
+    match access {
+        ProcessAccess::OutOfReach => wire::ProcessAccess::Unspecified,
+        ProcessAccess::Direct(_) => wire::ProcessAccess::Direct,
+        ProcessAccess::Assisted(_) => wire::ProcessAccess::Assisted,
+    }
 }
 
 pub(super) fn layout(layout: types::Layout) -> LayoutRequest {

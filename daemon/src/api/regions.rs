@@ -6,7 +6,7 @@ use kvferry_proto::{engine::v1 as wire, types::v1 as types};
 
 use super::convert;
 use crate::{
-    domain::{Failure, LayoutId, RegionId},
+    domain::{Failure, LayoutId, Reason, RegionId},
     engine::Engine,
     memory::Unregister,
 };
@@ -45,6 +45,25 @@ pub(super) async fn register(
             wire::RegisterRegionsReply { failure: Some((&failure).into()), ..Default::default() }
         }
     }
+}
+
+/// Takes up the ring through which the engine copies for itself.
+pub(super) async fn take_assistant(
+    engine: &Engine,
+    request: wire::OfferAssistantRequest,
+) -> wire::OfferAssistantReply {
+    let handle = request.handle;
+    let taken = match engine.fds.take(handle) {
+        Some(memfd) => engine.memory.take_assistant(memfd).await,
+        None => {
+            let message = format!("handle: no descriptor {handle} was handed over");
+            Err(Failure::new(Reason::BadArgument, message))
+        }
+    };
+    if let Err(failure) = &taken {
+        tracing::warn!(engine = %engine.id, name = engine.name, %failure, "an assistant was refused");
+    }
+    wire::OfferAssistantReply { failure: taken.err().as_ref().map(Into::into) }
 }
 
 /// Answers when nothing touches the memory any more, or UNSETTLED when that takes longer than `settle`; the

@@ -76,6 +76,14 @@ impl EngineApi for EngineService {
         Ok(Response::new(regions::unregister(&engine, request.into_inner(), settle).await))
     }
 
+    async fn offer_assistant(
+        &self,
+        request: Request<wire::OfferAssistantRequest>,
+    ) -> Reply<wire::OfferAssistantReply> {
+        let engine = self.engine(&request)?;
+        Ok(Response::new(regions::take_assistant(&engine, request.into_inner()).await))
+    }
+
     async fn transfer(&self, request: Request<wire::TransferRequest>) -> Reply<wire::TransferReply> {
         let engine = self.engine(&request)?;
         transfers::transfer(&self.node, &engine, request.into_inner()).await.map(Response::new)

@@ -40,6 +40,7 @@ pub(super) fn engine(engine: &Engine) -> wire::EngineInfo {
         epoch: engine.memory.revocations().epoch().0,
         gpu_id: engine.gpu_id,
         rails: engine.rails.clone(),
+        process_access: convert::process_access(engine.memory.process_access()).into(),
     }
 }
 

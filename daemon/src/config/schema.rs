@@ -161,6 +161,8 @@ section! {
     Process {
         /// How it is reached.
         mode: ProcessMode = ProcessMode::Auto,
+        /// How long an engine that copies for itself may leave a request unclaimed.
+        answer_ms: u64 = 1000,
     }
 }
 
@@ -367,6 +369,13 @@ impl Fence {
     /// [`Fence::peer_wait_ms`]
     pub fn peer_wait(&self) -> Duration {
         Duration::from_millis(self.peer_wait_ms)
+    }
+}
+
+impl Process {
+    /// [`Process::answer_ms`]
+    pub fn answer(&self) -> Duration {
+        Duration::from_millis(self.answer_ms)
     }
 }
 

@@ -42,7 +42,8 @@ impl Check<'_> {
 }
 
 fn ranges(config: &Config, check: &mut Check<'_>) {
-    let Config { endpoint, retry, session, fence, tcp, local, limits, drain, restart, control, .. } = config;
+    let Config { endpoint, retry, session, fence, process, tcp, local, .. } = config;
+    let Config { limits, drain, restart, control, .. } = config;
     let table: &[(&str, u64, u64, u64)] = &[
         ("endpoint.handshake_timeout_ms", endpoint.handshake_timeout_ms, 1, MAX_MS),
         ("endpoint.unclassified", endpoint.unclassified as u64, 1, 65_536),
@@ -59,6 +60,7 @@ fn ranges(config: &Config, check: &mut Check<'_>) {
         ("session.pin_idle_s", session.pin_idle_s, 0, MAX_MS / 1000),
         ("fence.settle_ms", fence.settle_ms, 1, MAX_MS),
         ("fence.peer_wait_ms", fence.peer_wait_ms, 0, MAX_MS),
+        ("process.answer_ms", process.answer_ms, 1, MAX_MS),
         ("tcp.lanes", tcp.lanes as u64, 1, 16),
         ("tcp.threads", tcp.threads as u64, 1, 256),
         ("tcp.window_parts", tcp.window_parts as u64, 1, 1024),

@@ -32,6 +32,8 @@ pub enum ProcessMode {
     Auto,
     /// Through `/proc/<pid>/mem`, or not at all.
     Direct,
+    /// By the engine's own client library, whether the other way works or not.
+    Assisted,
 }
 
 /// Form of a log line.

@@ -23,8 +23,8 @@ use crate::{
     config::ProcessMode,
     domain::{Failure, Incarnation, PathKind, Reason, SessionId},
     memory::{
-        EngineMemory, FdShelf, PROBE_BASE, PROBE_BYTES, ProcessMemory, Quota, RegionRequest, RevocationBook,
-        Source,
+        Awaited, EngineMemory, FdShelf, PROBE_BASE, PROBE_BYTES, ProcessAccess, ProcessMemory, Quota,
+        RegionRequest, RevocationBook, Source,
     },
     peer::{
         Context, Listening, Timing,
@@ -61,15 +61,15 @@ impl Node {
     pub async fn attach(self: &Arc<Self>, request: AttachRequest, caller: Caller) -> Result<Lease, Failure> {
         self.drain().admit()?;
         let place = self.reserve()?;
-        let pidfd = caller.pid.map(open_pidfd).transpose()?.flatten();
+        let pidfd = caller.pid.map(open_pidfd).transpose()?.flatten().map(Arc::new);
         let incarnation = identity::incarnation(&request.key);
         self.wait_for_release(&incarnation).await?;
-        let engine = self.build(request, caller).await?;
+        let engine = self.build(request, caller, pidfd.clone()).await?;
         self.insert(&engine);
         tokio::spawn(self.clone().keep(engine.clone(), pidfd, place));
         tracing::info!(
             engine = %engine.id, name = engine.name, session = %engine.session_id, pid = caller.pid, uid = caller.uid,
-            "engine attached"
+            private_memory = name(engine.memory.process_access()), "engine attached"
         );
         Ok(Lease(engine))
     }
@@ -87,12 +87,17 @@ impl Node {
         })
     }
 
-    async fn build(self: &Arc<Self>, request: AttachRequest, caller: Caller) -> Result<Arc<Engine>, Failure> {
+    async fn build(
+        self: &Arc<Self>,
+        request: AttachRequest,
+        caller: Caller,
+        pidfd: Option<Arc<OwnedFd>>,
+    ) -> Result<Arc<Engine>, Failure> {
         let resources = &self.resources;
         let config = &resources.config;
         // Before the endpoint listens: no peer meets it without its past.
         let rails = resources.rails.of(&request)?;
-        let memory = self.memory_for(caller, request.revocations)?;
+        let memory = self.memory_for(caller, pidfd, request.revocations)?;
         register_probe_region(&memory).await?;
         let allowed = allowed(&config.paths(), &request.transports)?;
         let incarnation = identity::incarnation(&request.key);
@@ -182,36 +187,56 @@ impl Node {
         }))
     }
 
-    fn memory_for(&self, caller: Caller, revoked: RevocationList) -> Result<Arc<EngineMemory>, Failure> {
+    fn memory_for(
+        &self,
+        caller: Caller,
+        pidfd: Option<Arc<OwnedFd>>,
+        revoked: RevocationList,
+    ) -> Result<Arc<EngineMemory>, Failure> {
         let limits = &self.resources.config.limits;
-        let process = caller.pid.and_then(Pid::from_raw).and_then(|pid| self.open_process(pid));
+        let process = self.process_access(caller, pidfd);
         let quota =
             Quota { regions: limits.regions + 1, bytes: limits.region_bytes, layouts: limits.regions };
         let kept = RevocationLimits::ranges(limits.revocations);
         let revocations = Revocations::restore(kept, revoked, Instant::now())?;
         let book = RevocationBook::new(revocations, self.resources.metrics.revoked_parts.clone());
         let registrar = self.resources.registrar.clone();
-        Ok(EngineMemory::with_revocations(registrar, quota, process.map(Arc::new), book))
+        Ok(EngineMemory::with_revocations(registrar, quota, process, book))
     }
 
-    /// Without access to the process its private memory cannot be registered; everything else can.
-    fn open_process(&self, pid: Pid) -> Option<ProcessMemory> {
-        let opened = ProcessMemory::open(pid);
-        if let Err(failure) = &opened {
-            match self.resources.config.process.mode {
-                ProcessMode::Direct => {
-                    tracing::warn!(?pid, %failure, "an engine's private memory is out of reach")
-                }
-                ProcessMode::Auto => {
-                    tracing::debug!(?pid, %failure, "an engine's private memory is out of reach")
-                }
+    /// How the engine's private memory will be reached, whatever it registers.
+    fn process_access(&self, caller: Caller, pidfd: Option<Arc<OwnedFd>>) -> ProcessAccess {
+        let settings = &self.resources.config.process;
+        let opened = match settings.mode {
+            ProcessMode::Assisted => None,
+            ProcessMode::Auto | ProcessMode::Direct => {
+                let pid = caller.pid.and_then(Pid::from_raw);
+                let unseen =
+                    || Failure::new(Reason::UnsupportedMemory, "its process cannot be seen from here");
+                Some(pid.ok_or_else(unseen).and_then(ProcessMemory::open))
             }
+        };
+        match (opened, settings.mode) {
+            (Some(Ok(memory)), _) => ProcessAccess::Direct(Arc::new(memory)),
+            (Some(Err(failure)), ProcessMode::Direct) => {
+                tracing::warn!(pid = caller.pid, %failure, "an engine's private memory is out of reach");
+                ProcessAccess::OutOfReach
+            }
+            (Some(Err(failure)), _) => {
+                tracing::debug!(pid = caller.pid, %failure, "an engine's private memory needs its assistance");
+                ProcessAccess::Assisted(Awaited::new(pidfd, settings.answer()))
+            }
+            (None, _) => ProcessAccess::Assisted(Awaited::new(pidfd, settings.answer())),
         }
-        opened.ok()
     }
 
     /// Owns the engine until its lease ends, then takes it apart.
-    async fn keep(self: Arc<Self>, engine: Arc<Engine>, pidfd: Option<OwnedFd>, place: super::node::Place) {
+    async fn keep(
+        self: Arc<Self>,
+        engine: Arc<Engine>,
+        pidfd: Option<Arc<OwnedFd>>,
+        place: super::node::Place,
+    ) {
         let exit = Failure::new(Reason::EngineGone, "the engine process has exited");
         tokio::select! {
             _ = engine.over() => {}
@@ -301,6 +326,15 @@ fn allowed(daemon: &[PathKind], engine: &[PathKind]) -> Result<Vec<PathKind>, Fa
     Ok(both)
 }
 
+/// For the log.
+fn name(access: &ProcessAccess) -> &'static str {
+    match access {
+        ProcessAccess::OutOfReach => "out of reach",
+        ProcessAccess::Direct(_) => "direct",
+        ProcessAccess::Assisted(_) => "assisted",
+    }
+}
+
 /// Nothing where the kernel has no pidfds: there the attach stream alone is the lease.
 fn open_pidfd(pid: i32) -> Result<Option<OwnedFd>, Failure> {
     let gone = || Failure::new(Reason::EngineGone, format!("process {pid} is gone"));
@@ -314,8 +348,11 @@ fn open_pidfd(pid: i32) -> Result<Option<OwnedFd>, Failure> {
 }
 
 /// Resolves when the process has exited; never without a descriptor to watch.
-async fn exited(pidfd: Option<OwnedFd>) {
-    #[expect(deprecated, reason = "its replacement is unsafe; an OwnedFd keeps the promise it asks for")]
+async fn exited(pidfd: Option<Arc<OwnedFd>>) {
+    #[expect(
+        deprecated,
+        reason = "its replacement is unsafe; an owned descriptor keeps the promise it asks for"
+    )]
     let watched = pidfd.map(|fd| AsyncFd::with_interest(fd, Interest::READABLE));
     let Some(Ok(pidfd)) = watched else { return std::future::pending().await };
     if pidfd.readable().await.is_err() {

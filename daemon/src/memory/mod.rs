@@ -2,8 +2,9 @@
 //!
 //! [`EngineMemory`] is what one engine has registered. Who touches it looks into its [`View`] inside its
 //! [`Gate`]; what is registered and released goes through the [`Registrar`]. Unsafe code lives in `mapping`
-//! only.
+//! and in `assistant/ring` only.
 
+mod assistant;
 mod engine;
 mod fds;
 mod gate;
@@ -14,14 +15,15 @@ mod registrar;
 #[cfg(test)]
 pub(crate) mod testing;
 
+use assistant::Assistant;
 pub use engine::{
-    EngineMemory, LayoutRequest, PendingRelease, Quota, Raised, RegionRequest, RevocationBook, Source,
-    Unregister, View,
+    Awaited, EngineMemory, LayoutRequest, PendingRelease, ProcessAccess, Quota, Raised, RegionRequest,
+    RevocationBook, Source, Unregister, View,
 };
 pub use fds::FdShelf;
 pub use gate::{Gate, Inside, Seat, Version};
 pub use mapping::{MapOptions, Mapping};
-pub use process::ProcessMemory;
+pub use process::{Extent, ProcessMemory};
 pub use region::{Backing, Described, Layout, MemoryKind, Miss, Region, RegionInfo, RegionTable};
 pub use registrar::{
     Acquire, Grant, HandRegistrar, LockPolicy, RegionDriver, Registrar, RegistrarStats, SystemDriver, Urgency,

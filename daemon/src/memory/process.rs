@@ -1,4 +1,5 @@
-//! The private memory of an engine process, through its `/proc/<pid>/mem`.
+//! The private memory of an engine process, through its `/proc/<pid>/mem` (*direct*) or by way of its own client
+//! library (*assisted*, [`Assistant`]).
 //!
 //! The descriptor is opened once, at attach, and is bound to the address space of that moment: after the
 //! engine execs or dies, reads and writes move nothing. `process_vm_writev` names a pid instead and would write
@@ -8,77 +9,146 @@
 //!
 //! Bounds are the caller's matter. A failed call may have moved the bytes before the one that failed.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use rustix::process::Pid;
 
+use super::Assistant;
 use crate::domain::{Failure, Reason};
 
 /// A way into one address space, for as long as that exists.
 #[derive(Debug)]
-pub struct ProcessMemory {
-    memory: File,
+pub struct ProcessMemory(Way);
+
+#[derive(Debug)]
+enum Way {
+    Direct(File),
+    Assisted(Assistant),
+}
+
+/// A piece of an engine's memory, and its place in bytes of this process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// First address, in the engine's address space.
+    pub address: u64,
+    /// First of the bytes here.
+    pub at: usize,
+    /// How many.
+    pub length: usize,
+}
+
+impl Extent {
+    fn range(&self) -> Range<usize> {
+        self.at..self.at + self.length
+    }
 }
 
 impl ProcessMemory {
-    /// Opens the memory of the process that has this pid now. Whoever must be sure that it is the process they
-    /// mean holds its pidfd and looks, after this call, that it is still alive.
+    /// Opens the memory of the process that has this pid now, to be read and written. Whoever must be sure that it is
+    /// the process they mean holds its pidfd and looks, after this call, that it is still alive.
     ///
     /// ENGINE_GONE where there is no such process, UNSUPPORTED_MEMORY where the kernel denies access.
     pub fn open(pid: Pid) -> Result<Self, Failure> {
         let path = format!("/proc/{}/mem", pid.as_raw_nonzero());
-        match File::options().read(true).write(true).open(&path) {
-            Ok(memory) => Ok(Self { memory }),
-            Err(error) => {
-                let reason = match error.kind() {
-                    io::ErrorKind::NotFound => Reason::EngineGone,
-                    _ => Reason::UnsupportedMemory,
-                };
-                let doing = format!("opening {path} (same user, PR_SET_PTRACER or CAP_SYS_PTRACE needed)");
-                Err(Failure::io(reason, doing, &error))
-            }
+        let denied = |error: io::Error| {
+            let reason = match error.kind() {
+                io::ErrorKind::NotFound => Reason::EngineGone,
+                _ => Reason::UnsupportedMemory,
+            };
+            let doing = format!("opening {path} (same user, PR_SET_PTRACER or CAP_SYS_PTRACE needed)");
+            Failure::io(reason, doing, &error)
+        };
+        let memory = File::options().read(true).write(true).open(&path).map_err(denied)?;
+        // Nothing is mapped at address zero, and the kernel says so to whoever may read: anything else said here holds
+        // for every address, and is better known before the engine has registered anything.
+        match memory.read_at(&mut [0], 0) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(denied(error)),
+            _ => Ok(Self(Way::Direct(memory))),
         }
     }
 
-    /// Fills `bytes` from the engine's memory. ENGINE_GONE, or DRIVER with the errno where a page is not there.
-    pub fn read_at(&self, address: u64, bytes: &mut [u8]) -> Result<(), Failure> {
-        check_address(address, bytes.len())?;
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = address + done as u64;
-            done += moved(self.memory.read_at(&mut bytes[done..], at), "reading", at)?;
-        }
-        Ok(())
+    /// The memory of an engine that copies itself.
+    pub(super) fn assisted(assistant: Assistant) -> Self {
+        Self(Way::Assisted(assistant))
     }
 
-    /// Puts `bytes` into the engine's memory. Errors as with [`ProcessMemory::read_at`].
-    pub fn write_at(&self, address: u64, bytes: &[u8]) -> Result<(), Failure> {
-        check_address(address, bytes.len())?;
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = address + done as u64;
-            done += moved(self.memory.write_at(&bytes[done..], at), "writing", at)?;
+    /// Whether the engine's own library copies: then a call may wait for it.
+    pub fn is_assisted(&self) -> bool {
+        matches!(self.0, Way::Assisted(_))
+    }
+
+    /// The engine is out of reach: whoever waits for it, and need not, waits no longer.
+    pub(super) fn close(&self) {
+        if let Way::Assisted(assistant) = &self.0 {
+            assistant.close();
         }
-        Ok(())
+    }
+
+    /// Fills `bytes` from the engine's memory, as the extents say. ENGINE_GONE, DRIVER with the errno where a page is
+    /// not there, or ENGINE_SILENT where the engine was to copy and does not.
+    pub fn read(&self, extents: &[Extent], bytes: &mut [u8]) -> Result<(), Failure> {
+        extents.iter().try_for_each(check_address)?;
+        match &self.0 {
+            Way::Assisted(assistant) => assistant.read(extents, bytes),
+            Way::Direct(memory) => extents.iter().try_for_each(|extent| {
+                let into = &mut bytes[extent.range()];
+                let mut done = 0;
+                while done < into.len() {
+                    let at = extent.address + done as u64;
+                    done += moved(memory.read_at(&mut into[done..], at), "reading", at)?;
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    /// Puts `bytes` into the engine's memory, as the extents say. Errors as with [`ProcessMemory::read`].
+    pub fn write(&self, extents: &[Extent], bytes: &[u8]) -> Result<(), Failure> {
+        extents.iter().try_for_each(check_address)?;
+        match &self.0 {
+            Way::Assisted(assistant) => assistant.write(extents, bytes),
+            Way::Direct(memory) => extents.iter().try_for_each(|extent| {
+                let from = &bytes[extent.range()];
+                let mut done = 0;
+                while done < from.len() {
+                    let at = extent.address + done as u64;
+                    done += moved(memory.write_at(&from[done..], at), "writing", at)?;
+                }
+                Ok(())
+            }),
+        }
     }
 
     /// Whether the range can be a region: its first and last byte are read. A hole in the middle shows when
     /// bytes are moved. UNSUPPORTED_MEMORY where a byte is not there.
     pub fn probe(&self, base: u64, length: u64) -> Result<(), Failure> {
-        let last = length.checked_sub(1).and_then(|length| base.checked_add(length));
-        let last = last.ok_or_else(|| Failure::plain(Reason::BadArgument))?;
-        for address in [base, last] {
-            self.read_at(address, &mut [0]).map_err(|failure| match failure.reason {
-                Reason::Driver => Failure { reason: Reason::UnsupportedMemory, ..failure },
-                _ => failure,
-            })?;
+        self.probe_all(&[(base, length)]).map_err(|(_, failure)| failure)
+    }
+
+    /// The same for many ranges at once; the failure comes with the range it is of.
+    pub(super) fn probe_all(&self, ranges: &[(u64, u64)]) -> Result<(), (usize, Failure)> {
+        let mut extents = Vec::with_capacity(2 * ranges.len());
+        for (which, &(base, length)) in ranges.iter().enumerate() {
+            let last = length.checked_sub(1).and_then(|length| base.checked_add(length));
+            let last = last.ok_or_else(|| (which, Failure::plain(Reason::BadArgument)))?;
+            extents.extend([base, last].map(|address| Extent { address, at: 0, length: 1 }));
         }
-        Ok(())
+        if self.read(&extents, &mut [0]).is_ok() {
+            return Ok(());
+        }
+        let probe = |(which, ends): (usize, &[Extent])| match self.read(ends, &mut [0]) {
+            Err(failure) if failure.reason == Reason::Driver => {
+                Err((which, Failure { reason: Reason::UnsupportedMemory, ..failure }))
+            }
+            other => other.map_err(|failure| (which, failure)),
+        };
+        extents.chunks(2).enumerate().try_for_each(probe)
     }
 }
 
 /// File offsets are signed: an address in the upper half would be another one, or none.
-fn check_address(address: u64, length: usize) -> Result<(), Failure> {
+fn check_address(extent: &Extent) -> Result<(), Failure> {
+    let Extent { address, length, .. } = *extent;
     match address.checked_add(length as u64) {
         Some(end) if i64::try_from(end).is_ok() => Ok(()),
         _ => {
@@ -108,6 +178,16 @@ mod tests {
     };
 
     use super::*;
+
+    impl ProcessMemory {
+        pub(crate) fn read_at(&self, address: u64, bytes: &mut [u8]) -> Result<(), Failure> {
+            self.read(&[Extent { address, at: 0, length: bytes.len() }], bytes)
+        }
+
+        pub(crate) fn write_at(&self, address: u64, bytes: &[u8]) -> Result<(), Failure> {
+            self.write(&[Extent { address, at: 0, length: bytes.len() }], bytes)
+        }
+    }
 
     fn own() -> ProcessMemory {
         ProcessMemory::open(rustix::process::getpid()).expect("our own memory")

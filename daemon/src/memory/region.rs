@@ -23,7 +23,7 @@ use crate::domain::{Generation, LayoutId, Reason, RegionId};
 pub enum Backing {
     /// The engine's memfd, mapped here.
     Shared(Mapping),
-    /// The engine's private memory, through its `/proc/<pid>/mem`.
+    /// The engine's private memory.
     Process(Arc<ProcessMemory>),
 }
 

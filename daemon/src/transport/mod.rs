@@ -6,6 +6,7 @@
 
 mod ending;
 pub mod local;
+mod own;
 mod part;
 mod spin;
 pub mod tcp;

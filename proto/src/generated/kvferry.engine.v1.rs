@@ -126,6 +126,8 @@ pub struct Attached {
     /// Where file descriptors are handed over.
     #[prost(string, tag = "8")]
     pub fd_socket: ::prost::alloc::string::String,
+    #[prost(enumeration = "ProcessAccess", tag = "9")]
+    pub process_access: i32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Limits {
@@ -239,6 +241,17 @@ pub struct RegisterRegionsReply {
     #[prost(message, repeated, tag = "2")]
     pub layouts: ::prost::alloc::vec::Vec<super::super::types::v1::Layout>,
     #[prost(message, optional, tag = "3")]
+    pub failure: ::core::option::Option<super::super::types::v1::Failure>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OfferAssistantRequest {
+    /// The ring (kvferry-proto, ring.rs): a memfd handed over on the fd socket under this handle.
+    #[prost(uint64, tag = "1")]
+    pub handle: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OfferAssistantReply {
+    #[prost(message, optional, tag = "1")]
     pub failure: ::core::option::Option<super::super::types::v1::Failure>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -497,6 +510,8 @@ pub struct EngineInfo {
     pub transfers_active: u64,
     #[prost(uint64, tag = "10")]
     pub epoch: u64,
+    #[prost(enumeration = "ProcessAccess", tag = "11")]
+    pub process_access: i32,
     #[prost(uint32, optional, tag = "12")]
     pub gpu_id: ::core::option::Option<u32>,
     /// RDMA devices that it may use, best first; none: any.
@@ -554,6 +569,39 @@ pub struct SessionInfo {
     pub last_failure: ::core::option::Option<super::super::types::v1::Failure>,
     #[prost(uint64, tag = "14")]
     pub next_probe_ms: u64,
+}
+/// How plain private memory of an engine process is reached. Settled at attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ProcessAccess {
+    /// Not at all.
+    Unspecified = 0,
+    /// Through /proc/<pid>/mem.
+    Direct = 1,
+    /// By copies that the client library makes on request, once it has offered an assistant.
+    Assisted = 2,
+}
+impl ProcessAccess {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PROCESS_ACCESS_UNSPECIFIED",
+            Self::Direct => "PROCESS_ACCESS_DIRECT",
+            Self::Assisted => "PROCESS_ACCESS_ASSISTED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PROCESS_ACCESS_UNSPECIFIED" => Some(Self::Unspecified),
+            "PROCESS_ACCESS_DIRECT" => Some(Self::Direct),
+            "PROCESS_ACCESS_ASSISTED" => Some(Self::Assisted),
+            _ => None,
+        }
+    }
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -811,6 +859,31 @@ pub mod engine_client {
                 .insert(
                     GrpcMethod::new("kvferry.engine.v1.Engine", "UnregisterRegions"),
                 );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Where Attached says ASSISTED: before private memory is registered, once per attachment.
+        pub async fn offer_assistant(
+            &mut self,
+            request: impl tonic::IntoRequest<super::OfferAssistantRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::OfferAssistantReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvferry.engine.v1.Engine/OfferAssistant",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvferry.engine.v1.Engine", "OfferAssistant"));
             self.inner.unary(req, path, codec).await
         }
         /// Moves slices; answers when the transfer is over for the caller's memory. Dropping the call cancels it.
@@ -1121,6 +1194,14 @@ pub mod engine_server {
             &self,
             request: tonic::Request<super::UnregisterRegionsRequest>,
         ) -> std::result::Result<tonic::Response<super::SettleReply>, tonic::Status>;
+        /// Where Attached says ASSISTED: before private memory is registered, once per attachment.
+        async fn offer_assistant(
+            &self,
+            request: tonic::Request<super::OfferAssistantRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::OfferAssistantReply>,
+            tonic::Status,
+        >;
         /// Moves slices; answers when the transfer is over for the caller's memory. Dropping the call cancels it.
         async fn transfer(
             &self,
@@ -1392,6 +1473,51 @@ pub mod engine_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = UnregisterRegionsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvferry.engine.v1.Engine/OfferAssistant" => {
+                    #[allow(non_camel_case_types)]
+                    struct OfferAssistantSvc<T: Engine>(pub Arc<T>);
+                    impl<
+                        T: Engine,
+                    > tonic::server::UnaryService<super::OfferAssistantRequest>
+                    for OfferAssistantSvc<T> {
+                        type Response = super::OfferAssistantReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::OfferAssistantRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Engine>::offer_assistant(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = OfferAssistantSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

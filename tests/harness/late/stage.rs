@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure};
 use kvferry_client::Path;
 
+use super::Memory;
 use crate::{
     canvas::{Census, Judge, Shade},
     engine::EngineProcess,
+    oracle::Kind,
     proxy::Proxy,
     scene::Nodes,
     wire::{Answer, Begin, Command, Ended},
@@ -43,9 +45,9 @@ pub(super) struct Side {
 }
 
 impl Side {
-    fn attach(socket: &std::path::Path, name: &str, length: u64) -> anyhow::Result<Self> {
+    fn attach(socket: &std::path::Path, name: &str, kind: Kind, length: u64) -> anyhow::Result<Self> {
         let mut engine = EngineProcess::attach(socket, name)?;
-        match engine.ask(&Command::Canvas { length, margin: MARGIN })? {
+        match engine.ask(&Command::Canvas { kind, length, margin: MARGIN })? {
             Answer::Canvas { address, descriptor } => {
                 let judge = Judge::open(engine.process(), descriptor, length)?;
                 Ok(Self { engine, judge, address })
@@ -86,11 +88,15 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    pub(super) fn new(path: Path) -> anyhow::Result<Self> {
+    pub(super) fn new(path: Path, memory: Memory) -> anyhow::Result<Self> {
         let payload = if path == Path::Local { LOCAL_PAYLOAD } else { TCP_PAYLOAD };
-        let nodes = Nodes::start(path, CONFIG)?;
-        let initiator = Side::attach(nodes.initiator().socket(), "initiator", payload)?;
-        let target = Side::attach(nodes.target().socket(), "target", payload)?;
+        let (kind, config) = match memory {
+            Memory::Shared => (Kind::Shared, CONFIG.to_owned()),
+            Memory::Assisted => (Kind::Process, format!("{CONFIG}[process]\nmode = \"assisted\"\n")),
+        };
+        let nodes = Nodes::start(path, &config)?;
+        let initiator = Side::attach(nodes.initiator().socket(), "initiator", kind, payload)?;
+        let target = Side::attach(nodes.target().socket(), "target", kind, payload)?;
         let proxy = match path {
             Path::Local => None,
             _ => Some(Proxy::start(target.engine.session())?),

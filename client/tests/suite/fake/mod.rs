@@ -364,6 +364,7 @@ pub(crate) fn attached(dir: &Path) -> wire::Attached {
         daemon_version: "fake".into(),
         daemon_pid: std::process::id(),
         fd_socket: dir.join("engine.sock.fd").to_string_lossy().into_owned(),
+        process_access: wire::ProcessAccess::Direct.into(),
     }
 }
 

@@ -200,6 +200,15 @@ impl Engine for Service {
             .map(|(_, failure)| settled(failure))
     }
 
+    async fn offer_assistant(
+        &self,
+        request: Request<wire::OfferAssistantRequest>,
+    ) -> Result<Response<wire::OfferAssistantReply>, Status> {
+        self.told("OfferAssistant", request, |_, _| {})
+            .await
+            .map(|(_, failure)| Response::new(wire::OfferAssistantReply { failure }))
+    }
+
     async fn transfer(
         &self,
         request: Request<wire::TransferRequest>,

@@ -14,6 +14,7 @@
 //! answer may wait for it, is decided above.
 
 mod ledger;
+mod private;
 mod register;
 mod release;
 mod revocations;
@@ -33,6 +34,7 @@ use self::ledger::Ledger;
 use super::{Gate, Layout, ProcessMemory, Region, RegionTable, Registrar, Version};
 use crate::domain::{LayoutId, RegionId};
 
+pub use private::{Awaited, ProcessAccess};
 pub use release::PendingRelease;
 pub use revocations::{Raised, RevocationBook};
 
@@ -118,7 +120,7 @@ pub struct View {
 pub struct EngineMemory {
     registrar: Arc<Registrar>,
     quota: Quota,
-    process: Option<Arc<ProcessMemory>>,
+    process: ProcessAccess,
     gate: Arc<Gate>,
     view: ArcSwap<View>,
     changes: watch::Sender<u64>,
@@ -130,14 +132,15 @@ pub struct EngineMemory {
 impl EngineMemory {
     /// Nothing registered yet, and nothing revoked. Without `process`, private memory is refused.
     pub fn new(registrar: Arc<Registrar>, quota: Quota, process: Option<Arc<ProcessMemory>>) -> Arc<Self> {
+        let process = process.map_or(ProcessAccess::OutOfReach, ProcessAccess::Direct);
         Self::with_revocations(registrar, quota, process, RevocationBook::default())
     }
 
-    /// The same, with what was revoked before.
+    /// The same, with any way into private memory, and with what was revoked before.
     pub fn with_revocations(
         registrar: Arc<Registrar>,
         quota: Quota,
-        process: Option<Arc<ProcessMemory>>,
+        process: ProcessAccess,
         revocations: RevocationBook,
     ) -> Arc<Self> {
         Arc::new(Self {

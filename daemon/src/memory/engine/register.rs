@@ -35,11 +35,15 @@ impl EngineMemory {
         layouts.iter().enumerate().try_for_each(|(at, layout)| check_shape(at, layout))?;
         let calls = self.calls(&regions)?;
         let reservation = Reservation::new(self, &regions)?;
+        let acquired = async {
+            self.probe_assisted(&regions).await?;
+            self.registrar.acquire(calls).await
+        };
         let grant = tokio::select! {
             // First, so that nothing is acquired for an engine that is gone already.
             biased;
             () = self.closed() => return Err(Failure::plain(Reason::EngineGone)),
-            grant = self.registrar.acquire(calls) => grant?,
+            grant = acquired => grant?,
         };
         match self.commit(reservation, &regions, layouts, grant) {
             Ok(registered) => Ok(registered),
@@ -50,7 +54,7 @@ impl EngineMemory {
         }
     }
 
-    async fn closed(&self) {
+    pub(super) async fn closed(&self) {
         let mut changes = self.changes();
         // The sender is ours, so waiting for news cannot fail.
         while !self.view.load().closed && changes.changed().await.is_ok() {}
@@ -60,17 +64,14 @@ impl EngineMemory {
     fn calls(&self, regions: &[RegionRequest]) -> Result<Vec<Acquire>, Failure> {
         let call = |(at, request): (usize, &RegionRequest)| {
             let RegionRequest { base, length, ref source } = *request;
-            match (source, &self.process) {
-                (Source::SharedFd { fd, offset }, _) => {
+            match source {
+                Source::SharedFd { fd, offset } => {
                     Ok(Acquire::Shared { fd: fd.clone(), offset: *offset, length })
                 }
-                (Source::Process, Some(memory)) => {
-                    Ok(Acquire::Process { memory: memory.clone(), base, length })
-                }
-                (Source::Process, None) => {
-                    let message = format!("regions[{at}]: no access to the engine's private memory");
-                    Err(Failure::new(Reason::UnsupportedMemory, message).at(at as u64))
-                }
+                Source::Process => self.acquire_process(base, length).map_err(|failure| {
+                    let message = format!("regions[{at}]: {}", failure.message);
+                    Failure { message, ..failure }.at(at as u64)
+                }),
             }
         };
         regions.iter().enumerate().map(call).collect()

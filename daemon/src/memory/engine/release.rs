@@ -77,7 +77,9 @@ impl EngineMemory {
             return self.gate.raise();
         }
         view.table.iter().for_each(|region| region.retire());
-        self.publish(RegionTable::default(), BTreeMap::new(), true)
+        let version = self.publish(RegionTable::default(), BTreeMap::new(), true);
+        self.close_assistant();
+        version
     }
 
     /// Releases everything, ahead of all ordinary work of the registrar. Dropped while it waits, the work goes
@@ -90,6 +92,7 @@ impl EngineMemory {
             self.depart(&mut ledger, named, version)
         };
         pending.settled().await;
+        self.release_assistant().await;
     }
 
     /// Sends live regions on their way out, together.

@@ -41,6 +41,11 @@ pub enum Acquire {
         /// Bytes.
         length: u64,
     },
+    /// Nothing: whoever asks has seen that the range is there.
+    Probed {
+        /// The engine's memory.
+        memory: Arc<ProcessMemory>,
+    },
 }
 
 impl Acquire {
@@ -53,6 +58,7 @@ impl Acquire {
                 driver.probe_process(&memory, base, length)?;
                 Ok(Backing::Process(memory))
             }
+            Self::Probed { memory } => Ok(Backing::Process(memory)),
         }
     }
 }
@@ -199,7 +205,8 @@ fn acquired(calls: VecDeque<Acquire>, made: Grant, reply: Reply) -> Option<Work>
 }
 
 fn release(backing: Backing, caller: &Caller, waited: std::time::Duration) {
-    // A descriptor of a process's memory costs no driver call: the last one to drop it closes it.
+    // A way into a process's memory costs no driver call: the last one to drop it closes its descriptor, or unmaps its
+    // ring, which no device knows.
     let Backing::Shared(mapping) = backing else { return };
     let released = caller.call(waited, |driver| {
         driver.unmap(mapping);

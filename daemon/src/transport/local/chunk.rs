@@ -1,6 +1,9 @@
 //! One part copied: look at the rules on both sides, then copy.
+//!
+//! A part with a piece of private memory goes through the worker's own memory as a whole, so that an engine that copies
+//! for itself is asked once on either side.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     domain::{Failure, Reason},
@@ -37,17 +40,42 @@ pub(super) fn copy(
     for resolved in resolve(part, target) {
         resolved?;
     }
-    for resolved in resolve(part, target) {
-        let (piece, region) = resolved?;
+    let private = |region: &Region| region.process().is_some();
+    let through = part.payload.local_regions.iter().any(|region| private(region))
+        || resolve(part, target).flatten().any(|(_, region)| private(region));
+    if through {
+        let bytes = &mut bounce[..part.bounds().bytes as usize];
+        touch::copy_out(places(part, kind, target).map(|(from, _, range)| (from.0, from.1, range)), bytes)?;
+        touch::copy_in(places(part, kind, target).map(|(_, to, range)| (to.0, to.1, range)), bytes)?;
+        return Ok(Copied::Whole);
+    }
+    for (from, to, range) in places(part, kind, target) {
+        touch::copy_mapped(from, to, range.len() as u64)?;
+    }
+    Ok(Copied::Whole)
+}
+
+/// A region, and an address in it.
+type Place<'a> = (&'a Region, u64);
+
+/// Where the pieces of a checked part come from, where they go, and their place in the part's bytes.
+fn places<'a>(
+    part: &'a Part,
+    kind: LaneKind,
+    target: &'a View,
+) -> impl Iterator<Item = (Place<'a>, Place<'a>, Range<usize>)> {
+    let mut at = 0;
+    resolve(part, target).flatten().map(move |(piece, region)| {
         let here = (&**part.local_region(&piece), piece.local);
         let there = (&**region, piece.remote);
         let (from, to) = match kind {
             LaneKind::Write => (here, there),
             LaneKind::Read => (there, here),
         };
-        touch::copy_between(from, to, piece.length, bounce)?;
-    }
-    Ok(Copied::Whole)
+        let range = at..at + piece.length as usize;
+        at = range.end;
+        (from, to, range)
+    })
 }
 
 /// The part's pieces, each with its region at the target, or why it has none.

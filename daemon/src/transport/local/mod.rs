@@ -4,7 +4,8 @@
 //! delays a small one by a chunk, and several workers share one lane's parts, so acknowledgements come out of
 //! order. While a worker copies it holds seats at the gates of both engines, and before it copies it looks at
 //! the same rules that two TCP ends look at (I1, I4, I5). *Closed* is told when no chunk of the lane is in a
-//! worker's hands any more; no chunk starts after the close.
+//! worker's hands any more; no chunk starts after the close. Lanes between engines of which one copies for itself have
+//! a worker of their own (`transport/own.rs`).
 //!
 //! Deliberately absent: target-side stop marks. The transfer's own mark and the gates of both engines are on
 //! this node, so whoever stops a transfer raises and awaits both.
@@ -16,12 +17,12 @@ mod tests;
 
 use std::sync::{Arc, atomic::Ordering::Relaxed};
 
-use super::{LaneKind, LaneSink, SequencedPart, ending::Ending};
+use super::{LaneKind, LaneSink, SequencedPart, ending::Ending, own::Owned};
 use crate::{
     domain::{Failure, LaneId, Reason},
     memory::EngineMemory,
 };
-use pool::Shared;
+use pool::{OwnPool, Shared};
 
 pub use pool::CopyPool;
 
@@ -46,14 +47,21 @@ pub struct Lane {
     pool: Arc<Shared>,
     key: u64,
     line: Arc<pool::Line>,
+    /// Keeps a thread of its own.
+    _own: Option<Arc<Owned<OwnPool>>>,
 }
 
 impl CopyPool {
     /// Opens a lane.
     pub fn open(&self, setup: LocalSetup) -> Lane {
         let ending = Ending::initiator(setup.lane, setup.sink.clone());
-        let (key, line) = self.shared().open(setup, ending);
-        Lane { pool: self.shared().clone(), key, line }
+        let (own, refused) = self.own(&setup);
+        let pool = own.as_ref().map_or(self.shared(), |own| own.thread.shared()).clone();
+        let (key, line) = pool.open(setup, ending);
+        if let Some(error) = refused {
+            pool.close(key, Failure::io(Reason::Limit, "starting a thread for the lane", &error));
+        }
+        Lane { pool, key, line, _own: own }
     }
 }
 

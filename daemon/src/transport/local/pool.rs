@@ -17,34 +17,73 @@ use super::{
 use crate::{
     domain::{Failure, Reason},
     memory::Seat,
-    transport::{LaneEvent, SequencedPart, ending::Ending},
+    transport::{
+        LaneEvent, PART_BYTES, SequencedPart,
+        ending::Ending,
+        own::{Own, Owned},
+    },
 };
 
-/// For pieces of process memory.
-const BOUNCE_BYTES: usize = 1 << 20;
+/// For parts with process memory; one part fits.
+const BOUNCE_BYTES: usize = PART_BYTES as usize;
 
 /// The threads that copy.
 #[derive(Debug)]
 pub struct CopyPool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    own: Own<OwnPool>,
+}
+
+/// One worker, which ends when its last lane is let go. Nobody waits for that: it may itself be waiting for a stopped
+/// engine.
+#[derive(Debug)]
+pub(super) struct OwnPool(Arc<Shared>);
+
+impl OwnPool {
+    fn start() -> std::io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        start("copy-own".to_owned(), &shared)?;
+        Ok(Self(shared))
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.0
+    }
+}
+
+impl Drop for OwnPool {
+    fn drop(&mut self) {
+        self.0.shut(&Failure::plain(Reason::Draining));
+    }
+}
+
+fn start(name: String, shared: &Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
+    let worker = Farewell(shared.clone());
+    std::thread::Builder::new().name(name).spawn(move || work(&worker.0))
 }
 
 impl CopyPool {
     /// Starts so many threads, named `copy-0` and up; at least one.
     pub fn start(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::<Shared>::default();
-        let start = |number: usize| {
-            let worker = Farewell(shared.clone());
-            std::thread::Builder::new().name(format!("copy-{number}")).spawn(move || work(&worker.0))
-        };
+        let start = |number: usize| start(format!("copy-{number}"), &shared);
         let threads = (0..threads.max(1)).map(start).collect::<std::io::Result<_>>()?;
-        Ok(Self { shared, threads })
+        Ok(Self { shared, threads, own: Own::default() })
     }
 
     /// False once a thread has died.
     pub fn is_healthy(&self) -> bool {
-        !self.shared.broken.load(SeqCst)
+        let own = self.own.living();
+        !own.iter().map(|own| own.thread.shared()).chain([&self.shared]).any(|pool| pool.broken.load(SeqCst))
+    }
+
+    /// What serves a lane between engines that may make it wait. With an error there is none, and the lane can only end.
+    pub(super) fn own(&self, setup: &LocalSetup) -> (Option<Arc<Owned<OwnPool>>>, Option<std::io::Error>) {
+        match self.own.of(&[&setup.source, &setup.target], OwnPool::start) {
+            Ok(own) => (own, None),
+            Err(error) => (None, Some(error)),
+        }
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -53,8 +92,13 @@ impl CopyPool {
 }
 
 impl Drop for CopyPool {
-    /// Closes every lane with `Draining` and waits for the threads.
+    /// Closes every lane with `Draining` and waits for the threads, but not for those that may wait for an engine: the
+    /// end of the process is the end of them.
     fn drop(&mut self) {
+        for own in self.own.living() {
+            own.thread.shared().shut(&Failure::plain(Reason::Draining));
+            own.thread.shared().end_all();
+        }
         self.shared.shut(&Failure::plain(Reason::Draining));
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {

@@ -1,8 +1,10 @@
 //! Where a part's payload lies in engine memory, and how much of it is still to move.
 //!
-//! Mapped memory goes straight between socket and region. A part with a piece of process memory goes through
-//! the thread's bounce buffer, filled or emptied within the same visit to the gate. A part that may not touch
-//! memory any more is *put aside*: what is left of it comes from zeros or goes to scrap, so the lane lives on.
+//! Mapped memory goes straight between socket and region. A part with a piece of process memory is *staged*: read as a
+//! whole before its first byte goes, written as a whole when its last one has come, each within one visit to the gate.
+//! So memory that its engine itself copies costs one request a part, however the socket takes or gives the bytes. The
+//! stage is the lane's own, as large as its largest such part (1 MiB). A part that may not touch memory any more is
+//! *put aside*: what is left of it comes from zeros or goes to scrap, so the lane lives on.
 //!
 //! Where the daemons have agreed on checksums, the payload is summed as it passes: before its first byte goes,
 //! and as it lands. Both happen inside the gate, as every touch of engine memory does.
@@ -27,10 +29,13 @@ pub(super) type Place<'a> = (&'a Arc<Region>, u64, u64);
 #[derive(Debug, Default)]
 pub(super) struct Body {
     direct: Scatter,
-    bounced: Vec<(Arc<Region>, u64, u64)>,
-    /// First piece of `bounced` that is not done, and how much of it is.
-    at: usize,
-    offset: u64,
+    /// Pieces of a part that is staged.
+    pieces: Vec<(Arc<Region>, u64, u64)>,
+    /// Its first `whole` bytes are the part's. Not given back, because the next part needs it too.
+    stage: Vec<u8>,
+    whole: usize,
+    /// For sending: the part has been read.
+    read: bool,
     left: u64,
     /// Checksums were agreed on.
     sums: bool,
@@ -72,8 +77,6 @@ impl From<io::Error> for Trouble {
 pub(super) struct Receipt {
     /// Bytes taken from the socket, over payload and what follows.
     pub(super) received: Received,
-    /// Not everything could be asked for: the bounce buffer was too small.
-    pub(super) cut: bool,
     /// Payload that process memory did not take.
     pub(super) spoilt: Option<Failure>,
 }
@@ -95,8 +98,12 @@ impl Body {
             return;
         }
         self.direct.clear();
-        self.bounced.extend(places.map(|(region, address, length)| (region.clone(), address, length)));
-        self.left = self.bounced.iter().map(|(.., length)| length).sum();
+        self.pieces.extend(places.map(|(region, address, length)| (region.clone(), address, length)));
+        self.left = self.pieces.iter().map(|(.., length)| length).sum();
+        self.whole = self.left as usize;
+        if self.stage.len() < self.whole {
+            self.stage.resize(self.whole, 0);
+        }
     }
 
     /// Lets go of the memory. What is left comes from or goes to `page`.
@@ -114,8 +121,8 @@ impl Body {
     /// Lets go of everything.
     pub(super) fn clear(&mut self) {
         self.direct.clear();
-        self.bounced.clear();
-        (self.at, self.offset, self.left) = (0, 0, 0);
+        self.pieces.clear();
+        (self.whole, self.read, self.left) = (0, false, 0);
         self.sum = None;
     }
 
@@ -141,133 +148,100 @@ impl Body {
         }
     }
 
-    /// Makes the next bytes ready for [`Body::send`]: those of process memory are in `bounce` then, and the sum
-    /// has all that the call will offer.
-    pub(super) fn prepare(&mut self, bounce: &mut [u8]) -> Result<(), Failure> {
-        if self.bounced.is_empty() {
-            if let Some(sum) = self.sum.as_mut().filter(|sum| sum.ahead == 0) {
-                *sum = Sum { crc: self.direct.sum(sum.crc, self.left, bounce), ahead: self.left };
+    /// Makes the next bytes ready for [`Body::send`]: those of process memory are staged then, and the sum has all that
+    /// the call will offer. `room` is for summing.
+    pub(super) fn prepare(&mut self, room: &mut [u8]) -> Result<(), Failure> {
+        let crc = |sum: &Sum| sum.crc;
+        let wanted = self.sum.as_ref().filter(|sum| sum.ahead == 0 && self.left > 0).map(crc);
+        if self.pieces.is_empty() {
+            if let Some(crc) = wanted {
+                self.sum = Some(Sum { crc: self.direct.sum(crc, self.left, room), ahead: self.left });
             }
             return Ok(());
         }
-        let step = self.step(bounce.len());
-        let bytes = &mut bounce[..step];
-        self.walk(bytes.len() as u64, |region, address, range| {
-            touch::copy_out(region, address, &mut bytes[range])
-        })?;
-        if let Some(sum) = &mut self.sum {
-            // What was offered before and not taken is in it already.
-            sum.crc = crc32c::crc32c_append(sum.crc, &bytes[sum.ahead as usize..]);
-            sum.ahead = bytes.len() as u64;
+        if !self.read {
+            touch::copy_out(placed(&self.pieces), &mut self.stage[..self.whole])?;
+            self.read = true;
+            if let Some(crc) = wanted {
+                let crc = crc32c::crc32c_append(crc, &self.stage[..self.whole]);
+                self.sum = Some(Sum { crc, ahead: self.left });
+            }
         }
         Ok(())
     }
 
     /// Sends `before`, what is left of the payload and, right behind its last byte, `after`: as much as the
-    /// socket takes and the bounce buffer holds. Answers with the bytes taken and whether the socket took all
-    /// that it was offered. [`Body::prepare`] was called with the same buffer.
+    /// socket takes. Answers with the bytes taken and whether the socket took all that it was offered.
+    /// [`Body::prepare`] was called before.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
         before: &[u8],
         after: &[u8],
-        bounce: &[u8],
     ) -> Result<(usize, bool), Trouble> {
-        let (sent, moved, all);
-        if self.bounced.is_empty() {
-            let offered = before.len() + self.left as usize + after.len();
-            sent = calls::send(socket, before, &mut self.direct, after)?;
-            moved = (sent.saturating_sub(before.len()) as u64).min(self.left);
-            all = sent == offered;
-            self.direct.advance(moved);
-            self.left = self.direct.left();
-        } else {
-            let step = self.step(bounce.len());
-            let after = if step as u64 == self.left { after } else { &[] };
-            sent = send_slices(socket, [before, &bounce[..step], after])?;
-            moved = sent.saturating_sub(before.len()).min(step) as u64;
-            all = sent == before.len() + step + after.len();
-            self.advance(moved);
-        }
+        let offered = before.len() + self.left as usize + after.len();
+        let sent = match self.pieces.is_empty() {
+            true => calls::send(socket, before, &mut self.direct, after)?,
+            false => send_slices(socket, [before, &self.stage[self.staged()..self.whole], after])?,
+        };
+        let moved = (sent.saturating_sub(before.len()) as u64).min(self.left);
+        self.direct.advance(moved);
+        self.left -= moved;
         if let Some(sum) = &mut self.sum {
             sum.ahead -= moved;
         }
-        Ok((sent, all))
+        Ok((sent, sent == offered))
     }
 
-    /// Bytes of process memory that move at once.
-    fn step(&self, room: usize) -> usize {
-        self.left.min(room as u64) as usize
+    /// Where in the stage the bytes begin that are still to move.
+    fn staged(&self) -> usize {
+        self.whole - self.left as usize
     }
 
-    /// Receives what is left of the payload and, right behind its last byte, into `after`.
+    /// Receives what is left of the payload and, right behind its last byte, into `after`. `room` is for summing.
     pub(super) fn receive(
         &mut self,
         socket: BorrowedFd<'_>,
         after: [&mut [u8]; 2],
-        bounce: &mut [u8],
+        room: &mut [u8],
     ) -> Result<Receipt, Trouble> {
-        if self.bounced.is_empty() {
+        if self.pieces.is_empty() {
             let received = calls::receive(socket, &mut self.direct, after)?;
             if let Received::Bytes(bytes) = received {
                 if let Some(sum) = &mut self.sum {
-                    sum.crc = self.direct.sum(sum.crc, (bytes as u64).min(self.left), bounce);
+                    sum.crc = self.direct.sum(sum.crc, (bytes as u64).min(self.left), room);
                 }
                 self.direct.advance(bytes as u64);
                 self.left = self.direct.left();
             }
-            return Ok(Receipt { received, cut: false, spoilt: None });
+            return Ok(Receipt { received, spoilt: None });
         }
-        let step = self.step(bounce.len());
-        let [trailer, next] = after;
-        let after = if step as u64 == self.left { [trailer, next] } else { [&mut [][..], &mut [][..]] };
-        let received = receive_slices(socket, &mut bounce[..step], after)?;
+        let at = self.staged();
+        let received = receive_slices(socket, &mut self.stage[at..self.whole], after)?;
         let moved = match received {
-            Received::Bytes(bytes) => bytes.min(step),
+            Received::Bytes(bytes) => bytes.min(self.left as usize),
             Received::Nothing | Received::End => 0,
         };
-        let bytes = &bounce[..moved];
         if let Some(sum) = &mut self.sum {
-            sum.crc = crc32c::crc32c_append(sum.crc, bytes);
+            sum.crc = crc32c::crc32c_append(sum.crc, &self.stage[at..at + moved]);
         }
-        let kept =
-            self.walk(moved as u64, |region, address, range| touch::copy_in(region, address, &bytes[range]));
-        self.advance(moved as u64);
-        Ok(Receipt { received, cut: moved == step && self.left > 0, spoilt: kept.err() })
+        self.left -= moved as u64;
+        let kept = match moved > 0 && self.left == 0 {
+            true => touch::copy_in(placed(&self.pieces), &self.stage[..self.whole]),
+            false => Ok(()),
+        };
+        Ok(Receipt { received, spoilt: kept.err() })
     }
+}
 
-    /// Visits the next bytes of the bounced pieces in order: region, address, range within those bytes.
-    fn walk(
-        &self,
-        bytes: u64,
-        mut visit: impl FnMut(&Region, u64, std::ops::Range<usize>) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
-        let mut done = 0;
-        let mut offset = self.offset;
-        for (region, address, length) in &self.bounced[self.at..] {
-            if done == bytes {
-                break;
-            }
-            let step = (length - offset).min(bytes - done);
-            visit(region, address + offset, done as usize..(done + step) as usize)?;
-            done += step;
-            offset = 0;
-        }
-        Ok(())
-    }
-
-    fn advance(&mut self, mut bytes: u64) {
-        self.left -= bytes;
-        while bytes > 0 {
-            let (.., length) = &self.bounced[self.at];
-            let step = (length - self.offset).min(bytes);
-            bytes -= step;
-            self.offset += step;
-            if self.offset == *length {
-                (self.at, self.offset) = (self.at + 1, 0);
-            }
-        }
-    }
+/// The pieces of a staged part, with their places on the stage.
+fn placed(pieces: &[(Arc<Region>, u64, u64)]) -> impl Iterator<Item = touch::Placed<'_>> {
+    let mut at = 0;
+    pieces.iter().map(move |(region, address, length)| {
+        let range = at..at + *length as usize;
+        at = range.end;
+        (&**region, *address, range)
+    })
 }
 
 /// The same by way of ordinary memory.

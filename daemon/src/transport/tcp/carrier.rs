@@ -33,8 +33,8 @@ use crate::{
 /// How often lanes that hold leases look at the rules although their sockets do not move.
 const REVIEW_EVERY: Duration = Duration::from_millis(50);
 
-/// For parts with process memory; one part fits.
-const BOUNCE_BYTES: usize = 1 << 20;
+/// For summing mapped memory.
+const ROOM_BYTES: usize = super::io::SUM_STEP_BYTES;
 
 const EVENTS_AT_ONCE: usize = 64;
 
@@ -55,7 +55,7 @@ pub(super) struct Carrier {
     /// Ordered, so that the same events always have lanes looked after in the same order.
     lanes: BTreeMap<u64, Served>,
     commands: VecDeque<Command>,
-    bounce: Box<[u8]>,
+    room: Box<[u8]>,
     reviewed: Instant,
     spin: Spin,
     /// Parts whose payload arrived changed.
@@ -88,7 +88,7 @@ impl Carrier {
             inbox,
             lanes: BTreeMap::new(),
             commands: VecDeque::new(),
-            bounce: vec![0; BOUNCE_BYTES].into_boxed_slice(),
+            room: vec![0; ROOM_BYTES].into_boxed_slice(),
             reviewed: Instant::now(),
             spin: Spin::new(most_spin),
             damaged,
@@ -228,7 +228,7 @@ impl Carrier {
     /// Gives a lane its turn. One that is gone meanwhile is passed over.
     fn turn(&mut self, key: u64, ready: Ready) {
         let Some(lane) = self.lanes.get_mut(&key) else { return };
-        let interest = match lane.role.turn(lane.socket.as_fd(), ready, &mut self.bounce) {
+        let interest = match lane.role.turn(lane.socket.as_fd(), ready, &mut self.room) {
             Ok(interest) => interest,
             Err(failure) => return self.close(key, failure),
         };

@@ -98,15 +98,15 @@ impl Outgoing {
     }
 
     /// Sends what the socket takes, and tells how many payload bytes went.
-    pub(super) fn send(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<(Sent, u64), Trouble> {
-        self.body.prepare(bounce).map_err(Trouble::Memory)?;
+    pub(super) fn send(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<(Sent, u64), Trouble> {
+        self.body.prepare(room).map_err(Trouble::Memory)?;
         if let Some(checksum) = self.body.sum() {
             self.trailer = Trailer { aborted: None, sequence: self.sequence, checksum }.encode();
         }
         let left = self.body.left();
         let before = &self.head[self.head_at..];
         let head = before.len();
-        let (sent, all) = self.body.send(socket, before, &self.trailer[self.trailer_at..], bounce)?;
+        let (sent, all) = self.body.send(socket, before, &self.trailer[self.trailer_at..])?;
         let moved = left - self.body.left();
         let head = sent.min(head);
         self.head_at += head;
@@ -201,11 +201,11 @@ impl<const HEAD: usize> Incoming<HEAD> {
     }
 
     /// Receives what is there of payload, trailer and the next frame's beginning.
-    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<Arrival, Failure> {
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<Arrival, Failure> {
         let left = self.body.left();
         let after = [&mut self.trailer[self.trailer_have..], &mut self.head[self.head_have..]];
         let asked = after.iter().map(|slice| slice.len()).sum::<usize>() + left as usize;
-        let receipt = match self.body.receive(socket, after, bounce) {
+        let receipt = match self.body.receive(socket, after, room) {
             Ok(receipt) => receipt,
             Err(Trouble::Socket(error)) => return Err(lost(&error)),
             Err(Trouble::Memory(failure)) => {
@@ -221,8 +221,7 @@ impl<const HEAD: usize> Incoming<HEAD> {
         let trailer = (bytes - moved as usize).min(TRAILER_BYTES - self.trailer_have);
         self.trailer_have += trailer;
         self.head_have += bytes - moved as usize - trailer;
-        let more = bytes == asked || receipt.cut;
-        Ok(Arrival { bytes, moved, drained: !more, spoilt: receipt.spoilt })
+        Ok(Arrival { bytes, moved, drained: bytes != asked, spoilt: receipt.spoilt })
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{memory::Region, transport::touch};
 const PAGE_BYTES: usize = 64 << 10;
 
 /// Bytes summed at once.
-const SUM_STEP_BYTES: usize = 16 << 10;
+pub(super) const SUM_STEP_BYTES: usize = 16 << 10;
 
 /// Where padding is sent from: never written, so that one peer's bytes cannot leak to another.
 static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];

@@ -36,6 +36,7 @@ mod role;
 mod stops;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod wire;
 mod write_source;
 mod write_target;
@@ -44,9 +45,8 @@ use std::{
     net::TcpStream,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -57,12 +57,12 @@ pub use stops::Stops;
 pub use wire::{PREFACE_BYTES, Preface, Violation, WINDOW_PARTS};
 
 use self::{
-    carrier::{Carrier, Farewell},
-    inbox::{Command, Inbox, NewLane},
+    inbox::{Command, NewLane},
     read_server::ReadServer,
     read_sink::ReadSink,
     role::{Meter, Role},
     stops::LaneStops,
+    threads::{Berth, Threads},
     write_source::WriteSource,
     write_target::WriteTarget,
 };
@@ -144,19 +144,11 @@ pub struct TargetSetup {
     pub checksums: bool,
 }
 
-/// The threads that carry TCP lanes.
+/// The threads that carry TCP lanes. Dropped, it closes every lane with `Draining` and waits for the threads.
 #[derive(Debug)]
 pub struct Carriers {
-    threads: Vec<Thread>,
+    threads: Threads,
     next_key: AtomicU64,
-}
-
-#[derive(Debug)]
-struct Thread {
-    inbox: Arc<Inbox>,
-    lanes: Arc<AtomicUsize>,
-    alive: Arc<AtomicBool>,
-    handle: Option<JoinHandle<()>>,
 }
 
 impl Carriers {
@@ -168,38 +160,31 @@ impl Carriers {
 
     /// The same, and parts whose payload arrived changed are counted.
     pub fn counting(threads: usize, spin: Duration, damaged: &Counter) -> std::io::Result<Self> {
-        let thread = |number| Thread::start(number, spin, damaged.clone());
-        let threads = (0..threads.max(1)).map(thread).collect::<std::io::Result<_>>()?;
-        Ok(Self { threads, next_key: AtomicU64::new(1) })
+        Ok(Self { threads: Threads::start(threads, spin, damaged)?, next_key: AtomicU64::new(1) })
     }
 
     /// Lanes without a thread: whoever holds the other half gives them their turns, and the same calls always
     /// have the same effects in the same order.
     pub fn by_hand() -> std::io::Result<(Self, HandCarrier)> {
-        let inbox = Arc::new(Inbox::new()?);
-        let alive = Arc::new(AtomicBool::new(true));
-        let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
-        let hand =
-            HandCarrier::new(Carrier::new(inbox.clone(), Duration::ZERO, Counter::default())?, farewell);
-        let thread = Thread { inbox, lanes: Arc::default(), alive, handle: None };
-        Ok((Self { threads: vec![thread], next_key: AtomicU64::new(1) }, hand))
+        let (threads, hand) = Threads::by_hand()?;
+        Ok((Self { threads, next_key: AtomicU64::new(1) }, hand))
     }
 
     /// Lanes that are carried now.
     pub fn lanes(&self) -> usize {
-        self.threads.iter().map(|thread| thread.lanes.load(SeqCst)).sum()
+        self.threads.lanes()
     }
 
     /// Takes over an initiator's connection, whose preface has been written.
     pub fn initiate(&self, stream: TcpStream, setup: InitiatorSetup) -> Lane {
         let moved = Arc::new(AtomicU64::new(0));
         let meter = Meter { moved: moved.clone(), pulse: setup.pulse.clone() };
-        let ending = Ending::initiator(setup.lane, setup.sink.clone());
+        let (memory, ending) = (setup.memory.clone(), Ending::initiator(setup.lane, setup.sink.clone()));
         let role: Box<dyn Role> = match setup.kind {
             LaneKind::Write => Box::new(WriteSource::new(setup, meter)),
             LaneKind::Read => Box::new(ReadSink::new(setup, meter)),
         };
-        Lane { held: self.carry(stream, role, ending), moved }
+        Lane { held: self.carry(stream, &memory, role, ending), moved }
     }
 
     /// Takes over a target's connection, whose preface has been read and judged.
@@ -208,54 +193,35 @@ impl Carriers {
         let meter = Meter { moved: moved.clone(), pulse: setup.pulse.clone() };
         let stops = LaneStops::new(setup.stops.clone(), setup.lane);
         let processed = stops.progress();
-        let ending = Ending::target(setup.lane, setup.sink.clone());
+        let (memory, ending) = (setup.memory.clone(), Ending::target(setup.lane, setup.sink.clone()));
         let role: Box<dyn Role> = match setup.kind {
             LaneKind::Write => Box::new(WriteTarget::new(setup, stops, meter)),
             LaneKind::Read => Box::new(ReadServer::new(setup, stops, meter)),
         };
-        TargetLane { held: self.carry(stream, role, ending), moved, processed }
+        TargetLane { held: self.carry(stream, &memory, role, ending), moved, processed }
     }
 
     /// False once a thread has died: its lanes are closed and the process should not go on for long.
     pub fn is_healthy(&self) -> bool {
-        self.threads.iter().all(|thread| thread.alive.load(SeqCst))
+        self.threads.are_alive()
     }
 
-    fn carry(&self, socket: TcpStream, role: Box<dyn Role>, mut ending: Ending) -> Held {
-        let load = |thread: &&Thread| (!thread.alive.load(SeqCst), thread.lanes.load(SeqCst));
-        let thread = self.threads.iter().min_by_key(load).expect("`start` made at least one thread");
-        ending.count(&thread.lanes);
+    fn carry(
+        &self,
+        socket: TcpStream,
+        memory: &Arc<EngineMemory>,
+        role: Box<dyn Role>,
+        mut ending: Ending,
+    ) -> Held {
+        let (berth, refused) = self.threads.berth(memory);
+        ending.count(&berth.load);
         let key = self.next_key.fetch_add(1, Relaxed);
-        let inbox = thread.inbox.clone();
-        inbox.push(Command::Add(Box::new(NewLane { key, socket, role, ending })));
-        Held { key, inbox, closed: AtomicBool::new(false) }
-    }
-}
-
-impl Drop for Carriers {
-    /// Closes every lane with `Draining` and waits for the threads.
-    fn drop(&mut self) {
-        self.threads.iter().for_each(|thread| thread.inbox.push(Command::Shutdown));
-        for thread in &mut self.threads {
-            if let Some(Err(_)) = thread.handle.take().map(JoinHandle::join) {
-                tracing::error!("a lane thread had panicked");
-            }
+        berth.inbox.push(Command::Add(Box::new(NewLane { key, socket, role, ending })));
+        let held = Held { key, berth, closed: AtomicBool::new(false) };
+        if let Some(error) = refused {
+            held.close(Failure::io(Reason::Limit, "starting a thread for the lane", &error));
         }
-    }
-}
-
-impl Thread {
-    fn start(number: usize, spin: Duration, damaged: Counter) -> std::io::Result<Self> {
-        let inbox = Arc::new(Inbox::new()?);
-        let alive = Arc::new(AtomicBool::new(true));
-        let carrier = Carrier::new(inbox.clone(), spin, damaged)?;
-        let farewell = Farewell { inbox: inbox.clone(), alive: alive.clone() };
-        let serve = move || {
-            let _farewell = farewell;
-            carrier.run();
-        };
-        let handle = std::thread::Builder::new().name(format!("lane-{number}")).spawn(serve)?;
-        Ok(Self { inbox, lanes: Arc::default(), alive, handle: Some(handle) })
+        held
     }
 }
 
@@ -263,7 +229,7 @@ impl Thread {
 #[derive(Debug)]
 struct Held {
     key: u64,
-    inbox: Arc<Inbox>,
+    berth: Berth,
     /// Asked once, which bounds the inbox.
     closed: AtomicBool,
 }
@@ -271,7 +237,7 @@ struct Held {
 impl Held {
     fn close(&self, cause: Failure) {
         if !self.closed.swap(true, SeqCst) {
-            self.inbox.push(Command::Close(self.key, cause));
+            self.berth.inbox.push(Command::Close(self.key, cause));
         }
     }
 }
@@ -293,7 +259,7 @@ impl Lane {
     /// Queues parts, whose sequences follow those of the call before.
     pub fn submit(&self, parts: Vec<SequencedPart>) {
         if !parts.is_empty() {
-            self.held.inbox.push(Command::Submit(self.held.key, parts));
+            self.held.berth.inbox.push(Command::Submit(self.held.key, parts));
         }
     }
 

@@ -63,7 +63,7 @@ impl ReadServer {
 }
 
 impl Role for ReadServer {
-    fn turn(&mut self, socket: BorrowedFd<'_>, _: Ready, bounce: &mut [u8]) -> Result<Interest, Ended> {
+    fn turn(&mut self, socket: BorrowedFd<'_>, _: Ready, room: &mut [u8]) -> Result<Interest, Ended> {
         let Self { fence, work } = self;
         let mut budget = Budget::new();
         let mut more = true;
@@ -82,7 +82,7 @@ impl Role for ReadServer {
             if let Some(view) = news {
                 work.review(&view);
             }
-            let (blocked, moved) = work.send(socket, bounce)?;
+            let (blocked, moved) = work.send(socket, room)?;
             budget.spend(moved);
             if blocked {
                 break;
@@ -170,8 +170,8 @@ impl Work {
 
     /// One call of the answer under way: whether the socket is full, and the payload bytes that went. Inside
     /// the gate.
-    fn send(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<(bool, u64), Ended> {
-        let (sent, moved) = match self.out.send(socket, bounce) {
+    fn send(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<(bool, u64), Ended> {
+        let (sent, moved) = match self.out.send(socket, room) {
             Ok(progress) => progress,
             Err(Trouble::Socket(error)) => return Err(lost(&error).into()),
             Err(Trouble::Memory(failure)) => {

@@ -67,7 +67,7 @@ impl ReadSink {
         Self { fence: Fence::new(setup.memory), work }
     }
 
-    fn hear(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<(), Ended> {
+    fn hear(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<(), Ended> {
         let Self { fence, work } = self;
         let mut budget = Budget::new();
         while budget.is_left() {
@@ -75,7 +75,7 @@ impl ReadSink {
             if news.is_some() {
                 work.review();
             }
-            let arrival = work.incoming.receive(socket, bounce)?;
+            let arrival = work.incoming.receive(socket, room)?;
             drop(inside);
             budget.spend(arrival.moved);
             let drained = arrival.drained;
@@ -90,9 +90,9 @@ impl ReadSink {
 }
 
 impl Role for ReadSink {
-    fn turn(&mut self, socket: BorrowedFd<'_>, ready: Ready, bounce: &mut [u8]) -> Result<Interest, Ended> {
+    fn turn(&mut self, socket: BorrowedFd<'_>, ready: Ready, room: &mut [u8]) -> Result<Interest, Ended> {
         if ready.readable {
-            self.hear(socket, bounce)?;
+            self.hear(socket, room)?;
         }
         self.work.ask(socket)?;
         Ok(Interest { read: true, write: self.work.has_output() })

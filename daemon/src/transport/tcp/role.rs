@@ -62,7 +62,7 @@ impl From<Violation> for Ended {
 /// A lane's work. An error ends the lane, and nothing else does.
 pub(super) trait Role: Send {
     /// Does a bounded amount of it.
-    fn turn(&mut self, socket: BorrowedFd<'_>, ready: Ready, bounce: &mut [u8]) -> Result<Interest, Ended>;
+    fn turn(&mut self, socket: BorrowedFd<'_>, ready: Ready, room: &mut [u8]) -> Result<Interest, Ended>;
 
     /// Takes more parts; only initiators are given any.
     fn submit(&mut self, _parts: Vec<SequencedPart>) -> Result<(), Ended> {

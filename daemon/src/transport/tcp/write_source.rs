@@ -61,7 +61,7 @@ impl WriteSource {
         Self { fence: Fence::new(setup.memory), work }
     }
 
-    fn speak(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<(), Ended> {
+    fn speak(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<(), Ended> {
         let Self { fence, work } = self;
         let mut budget = Budget::new();
         while budget.is_left() && !work.blocked {
@@ -72,19 +72,19 @@ impl WriteSource {
             if work.current.is_none() && !work.start_next() {
                 break;
             }
-            budget.spend(work.send(socket, bounce)?);
+            budget.spend(work.send(socket, room)?);
         }
         Ok(())
     }
 }
 
 impl Role for WriteSource {
-    fn turn(&mut self, socket: BorrowedFd<'_>, ready: Ready, bounce: &mut [u8]) -> Result<Interest, Ended> {
+    fn turn(&mut self, socket: BorrowedFd<'_>, ready: Ready, room: &mut [u8]) -> Result<Interest, Ended> {
         if ready.readable {
             self.work.hear(socket)?;
         }
         self.work.blocked &= !ready.writable;
-        self.speak(socket, bounce)?;
+        self.speak(socket, room)?;
         Ok(Interest { read: true, write: self.work.has_output() })
     }
 
@@ -152,8 +152,8 @@ impl Work {
     }
 
     /// One call of the frame under way; tells the payload bytes that went. Inside the gate.
-    fn send(&mut self, socket: BorrowedFd<'_>, bounce: &mut [u8]) -> Result<u64, Ended> {
-        let (sent, moved) = match self.out.send(socket, bounce) {
+    fn send(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<u64, Ended> {
+        let (sent, moved) = match self.out.send(socket, room) {
             Ok(progress) => progress,
             Err(Trouble::Socket(error)) => return Err(lost(&error).into()),
             Err(Trouble::Memory(failure)) => {

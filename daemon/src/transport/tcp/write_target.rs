@@ -85,7 +85,7 @@ impl WriteTarget {
 }
 
 impl Role for WriteTarget {
-    fn turn(&mut self, socket: BorrowedFd<'_>, _: Ready, bounce: &mut [u8]) -> Result<Interest, Ended> {
+    fn turn(&mut self, socket: BorrowedFd<'_>, _: Ready, room: &mut [u8]) -> Result<Interest, Ended> {
         let Self { fence, work } = self;
         let mut budget = Budget::new();
         work.acks.flush(socket)?;
@@ -100,7 +100,7 @@ impl Role for WriteTarget {
                     if let Some(view) = news {
                         work.review(&view);
                     }
-                    let arrival = work.incoming.receive(socket, bounce)?;
+                    let arrival = work.incoming.receive(socket, room)?;
                     drop(inside);
                     let moved = arrival.moved;
                     (moved, work.arrived(arrival).map_err(|ended| work.part_with(socket, ended))?)

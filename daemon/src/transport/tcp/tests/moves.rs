@@ -71,7 +71,7 @@ fn every_shape_arrives_in_every_kind_of_memory() {
     }
 }
 
-/// Regions of both kinds within one part: neighbours go through the bounce buffer together.
+/// Regions of both kinds within one part: neighbours are staged together.
 #[test]
 fn a_part_may_mix_kinds_of_memory() {
     let link = Link::new(LaneKind::Write);
