@@ -2,7 +2,7 @@
 
 use std::{net::UdpSocket, path::Path, time::Duration};
 
-use kvferry_client::{Engine, EngineOptions, Error, Memory, MemoryKind, Reason, Region, SharedBuffer};
+use kvferry_client::{Engine, EngineOptions, Error, Memory, ProcessAccess, Reason, SharedBuffer};
 use kvferry_proto::engine::v1::NodeInfo;
 
 use super::{
@@ -165,18 +165,19 @@ fn private_memory(engine: &Engine, visible: bool) -> Finding {
         let _ = engine.unregister(&ids);
     }
     let scope = std::fs::read_to_string(YAMA).ok();
-    private_memory_told(registered.as_deref(), visible, scope.as_deref().map(str::trim))
+    let how = registered.as_ref().map(|_| engine.process_access());
+    private_memory_told(how, visible, scope.as_deref().map(str::trim))
 }
 
-fn private_memory_told(registered: Result<&[Region], &Error>, visible: bool, scope: Option<&str>) -> Finding {
+/// `how` the page is reached, if it was registered.
+fn private_memory_told(how: Result<ProcessAccess, &Error>, visible: bool, scope: Option<&str>) -> Finding {
     let what = "private memory";
     let namespace = if visible { "pid namespace shared" } else { "the daemon is in another pid namespace" };
     let yama = scope.map_or("no Yama".to_owned(), |scope| format!("ptrace_scope {scope}"));
-    match registered {
-        Ok(regions) => {
-            let kind = regions.first().map_or(MemoryKind::Unspecified, |region| region.kind);
-            let kind = kind.as_str_name().trim_start_matches("MEMORY_KIND_").to_ascii_lowercase();
-            Finding::ok(what, format!("a page was registered, as {kind} ({namespace}, {yama})"))
+    match how {
+        Ok(how) => {
+            let how = how.as_str_name().trim_start_matches("PROCESS_ACCESS_").to_ascii_lowercase();
+            Finding::ok(what, format!("a page was registered: {how} ({namespace}, {yama})"))
         }
         Err(error) => {
             let fix = match (visible, scope) {
