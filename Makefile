@@ -31,7 +31,7 @@ test: ## formatting, lints, every test, the docs (under 10 minutes from a fresh 
 	@# dependencies are built once, with one set of features.
 	cargo build $(RUST) --all-targets
 	@# Most of these wait for somebody to be silent or to come back, so more of them than there are cores run at once.
-	cargo test $(RUST) -- --test-threads=4
+	cargo test $(RUST) --no-fail-fast -- --test-threads=4
 	@# With examples among the targets, of which there are none, dependencies keep the features they were linted with.
 	RUSTDOCFLAGS="-D warnings" cargo doc $(RUST) --no-deps --lib --bin kvferry --examples
 
@@ -39,7 +39,7 @@ test-full: ## the long cases, against the release build of the daemon
 	@tests/prepare.sh test-full
 	@$(MAKE) --no-print-directory release
 	KVFERRY_LONG=1 KVFERRYD_BIN=$(abspath $(TARGET_DIR))/release/kvferryd KVFERRY_BIN=$(abspath $(KVFERRY)) \
-	  cargo test $(RUST) --test '*' -- --nocapture --test-threads=1
+	  cargo test $(RUST) --no-fail-fast --test '*' -- --nocapture --test-threads=1
 	cargo test --locked -p kvferry-proto --features generate
 
 wheel: ## the Python package, into dist/
