@@ -96,7 +96,7 @@ fn where_all_is_well_nothing_fails() {
     {
         assert_eq!(report.check(what).0, "ok", "{what}: {:#}", report.json);
     }
-    assert!(report.check("private memory").1.contains("process"), "{:#}", report.json);
+    assert!(report.check("private memory").1.contains("direct"), "{:#}", report.json);
     assert_eq!(report.check("sglang's host").0, "ok");
     // Known to others by a loopback address: true here, and rarely meant.
     assert_eq!(report.check("address").0, "warn");
