@@ -576,7 +576,7 @@ pub struct SessionInfo {
 pub enum ProcessAccess {
     /// Not at all.
     Unspecified = 0,
-    /// Through /proc/<pid>/mem.
+    /// Through the mem file of its process in /proc.
     Direct = 1,
     /// By copies that the client library makes on request, once it has offered an assistant.
     Assisted = 2,
