@@ -128,8 +128,7 @@ impl InboundSession {
             }
         }
         for lane in unused {
-            book.live.remove(&lane);
-            book.record(lane, LaneRecord::default());
+            book.bury(lane, LaneRecord::default());
             self.stops.forget(lane);
         }
     }
@@ -156,6 +155,17 @@ impl InboundSession {
 }
 
 impl Book {
+    /// A lane is over. Where it was the last one its place goes too: sessions are remembered for long, and most have
+    /// ended.
+    fn bury(&mut self, lane: LaneId, record: LaneRecord) {
+        if self.live.remove(&lane).is_some() {
+            self.record(lane, record);
+        }
+        if self.live.is_empty() {
+            self.live = BTreeMap::new();
+        }
+    }
+
     fn record(&mut self, lane: LaneId, record: LaneRecord) {
         if self.closed.len() == MAX_RECORDS {
             self.closed.pop_front();
@@ -166,11 +176,7 @@ impl Book {
 
 impl TargetSink for InboundSession {
     fn lane_closed(&self, lane: LaneId, record: LaneRecord, cause: Failure) {
-        let mut book = self.book();
-        if book.live.remove(&lane).is_some() {
-            book.record(lane, record);
-        }
-        drop(book);
+        self.book().bury(lane, record);
         tracing::debug!(initiator = %self.initiator, lane = lane.0, %cause, "inbound lane closed");
         self.changed.notify_waiters();
     }

@@ -46,8 +46,12 @@ impl Stops {
 
     /// A lane was expected and will not come.
     pub fn forget(&self, lane: LaneId) {
-        if let Some(gone) = self.lanes().remove(&lane) {
+        let mut lanes = self.lanes();
+        if let Some(gone) = lanes.remove(&lane) {
             self.marks.fetch_sub(gone.transfers.len(), SeqCst);
+        }
+        if lanes.is_empty() {
+            *lanes = HashMap::new();
         }
     }
 
